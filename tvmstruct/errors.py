@@ -1,0 +1,33 @@
+"""The few errors that users catch; every message names the thing, the values and the fix."""
+
+
+class TvmstructError(Exception):
+    """Base of every error raised on purpose by tvmstruct."""
+
+
+class ModelError(TvmstructError, ValueError):
+    """The source model cannot be read: truncated, damaged, inconsistent or hostile."""
+
+
+class UnsupportedOperatorError(ModelError):
+    """The model uses an operator (or an attribute of one) that cannot be compiled."""
+
+
+class InputError(TvmstructError, ValueError):
+    """An array given to a model has a wrong name, rank, shape, dtype or value."""
+
+
+class TargetError(TvmstructError, ValueError):
+    """A target string, CPU name or device is unknown or does not fit this machine."""
+
+
+class PlanError(TvmstructError, ValueError):
+    """A plan names an unknown layer or family, or parameters that do not fit the layer."""
+
+
+class ArtifactError(TvmstructError, ValueError):
+    """A saved model is damaged, was made by another version, or needs another CPU."""
+
+
+class MissingDependencyError(TvmstructError, ImportError):
+    """An optional package is needed; the message says which extra installs it."""
