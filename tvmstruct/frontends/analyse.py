@@ -1,0 +1,146 @@
+"""What can be learnt from a graph before a shape is chosen: token inputs, outputs, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from onnx import NodeProto
+
+from tvmstruct.errors import ModelError
+from tvmstruct.frontends.fold import fold, try_fold
+from tvmstruct.frontends.source import Dim, Shape, TensorSpec, symbol_places
+from tvmstruct.frontends.validate import Graph, attribute
+
+PASSES = frozenset(
+    "Cast Identity Reshape Squeeze Unsqueeze Transpose Expand Flatten Slice Split".split()
+)
+LONGEST = 1 << 16
+PRIMES = ((2, 3, 5, 7, 11, 13, 17), (19, 23, 29, 31, 37, 41, 43))
+
+
+def find_token_inputs(graph: Graph) -> dict[str, int]:
+    """Return the integer inputs that index a table directly, with the rows of that table."""
+    roots = {s.name: s.name for s in graph.inputs if s.dtype.startswith(("int", "uint"))}
+    tokens: dict[str, int] = {}
+    producers = {o: n for n in graph.nodes for o in n.output}
+    for node in graph.nodes:
+        if (root := _root_of(node, roots, producers)) is not None:
+            roots.update(dict.fromkeys(node.output, root))
+        if node.op_type == "Gather" and node.input[1] in roots:
+            rows = _table_rows(graph, node)
+            if rows is not None:
+                name = roots[node.input[1]]
+                tokens[name] = min(rows, tokens.get(name, rows))
+    return tokens
+
+
+def _root_of(
+    node: NodeProto, roots: Mapping[str, str], producers: Mapping[str, NodeProto]
+) -> str | None:
+    if not node.input:
+        return None
+    if node.op_type in PASSES:
+        return roots.get(node.input[0])
+    if node.op_type != "Where":
+        return None
+    condition, other = producers.get(node.input[0]), producers.get(node.input[1])
+    root = roots.get(node.input[2])
+    if condition is None or other is None or root is None:
+        return None
+    wraps = condition.op_type == "Less" and roots.get(condition.input[0]) == root
+    adds = other.op_type == "Add" and root in (roots.get(i) for i in other.input)
+    return root if wraps and adds else None
+
+
+def _table_rows(graph: Graph, node: NodeProto) -> int | None:
+    name, axis = node.input[0], attribute(node, "axis", 0)
+    if name in graph.tensors:
+        shape = tuple(int(d) for d in graph.tensors[name].shape)
+    elif name in graph.constants:
+        shape = graph.constants[name].shape
+    else:
+        return None
+    return shape[axis] if -len(shape) <= axis < len(shape) else None
+
+
+def shapes_at(inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """Return the input shapes where each symbol has the given size."""
+    return {
+        s.name: tuple(sizes[d] if isinstance(d, str) else int(d or 1) for d in s.shape)
+        for s in inputs
+    }
+
+
+def _probe_sizes(graph: Graph) -> Iterator[dict[str, int]]:
+    """Yield sizes to try: one prime per symbol, then one per axis, then all ones."""
+    places = symbol_places(graph.inputs)
+    orders = [list(range(len(places))), [spots[0][1] for spots in places.values()]]
+    for order in orders:
+        for primes in PRIMES:
+            yield {s: primes[i % len(primes)] for s, i in zip(places, order, strict=True)}
+    yield dict.fromkeys(places, 1)
+
+
+def describe_outputs(graph: Graph, tokens: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+    """Return the outputs with symbols found by folding at two sets of sizes.
+
+    Also the first real check of the model: it raises where no probe folds.
+    """
+    found: list[tuple[dict[str, int], list[Shape]]] = []
+    error: ModelError | None = None
+    for sizes in _probe_sizes(graph):
+        try:
+            folded = fold(graph, shapes_at(graph.inputs, sizes), tokens)
+        except ModelError as reason:
+            error = reason
+            continue
+        found.append((sizes, [folded.shapes[folded.aliases[s.name]] for s in graph.outputs]))
+        if len(found) == 2 or not sizes:
+            break
+    if not found:
+        assert error is not None
+        raise error
+    return tuple(
+        TensorSpec(spec.name, spec.dtype, _match(spec, index, found))
+        for index, spec in enumerate(graph.outputs)
+    )
+
+
+def _match(
+    spec: TensorSpec, index: int, found: list[tuple[dict[str, int], list[Shape]]]
+) -> tuple[Dim, ...]:
+    shapes = [shapes[index] for _, shapes in found]
+    if len(set(map(len, shapes))) != 1:
+        raise ModelError(f"output {spec.name!r} changes its rank with the input shapes")
+    return tuple(_match_axis(axis, index, found) for axis in range(len(shapes[0])))
+
+
+def _match_axis(axis: int, index: int, found: list[tuple[dict[str, int], list[Shape]]]) -> Dim:
+    values = [shapes[index][axis] for _, shapes in found]
+    sizes = [s for s, _ in found]
+    for symbol in found[0][0]:
+        if len(found) > 1 and [s[symbol] for s in sizes] == values:
+            return symbol
+    fixed = len(set(values)) == 1 and (len(found) > 1 or not found[0][0])
+    return values[0] if fixed else None
+
+
+def find_limits(graph: Graph, tokens: Mapping[str, int]) -> dict[str, int]:
+    """Return the largest accepted size per symbol, by bisection with the others small."""
+    limits: dict[str, int] = {}
+    probes = _probe_sizes(graph)
+    base = next((s for s in probes if try_fold(graph, shapes_at(graph.inputs, s), tokens)), {})
+    for symbol in base:
+        low, high = base[symbol], LONGEST + 1
+
+        def accepts(size: int, symbol: str = symbol) -> bool:
+            shapes = shapes_at(graph.inputs, {**base, symbol: size})
+            return try_fold(graph, shapes, tokens)
+
+        if accepts(LONGEST):
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if accepts(middle) else (low, middle)
+        limits[symbol] = low
+    return limits
