@@ -1,0 +1,319 @@
+"""From an operator expression to the few loops that run it: numpy only, no target but lanes.
+
+``lower(op)`` walks an expression once and returns a `Program`: a list of stages over flat
+feature buffers. Permutations, slices and paddings at the end of a buffer cost nothing: a
+`Value` carries them as a strided view, and the next stage reads through it. What is left:
+
+* `MatMul`: ``dst[g, q] = sum_p src[g, p] * w[g, p, q]``, vectorised over q or over g;
+* `Copy`: a strided copy, with an optional elementwise weight, where no view can serve;
+* `Hadamard`: butterflies in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import singledispatchmethod
+
+import numpy as np
+
+from tvmstruct import ops
+
+X, Y = 0, 1  # buffers of every program; scratch buffers follow
+Dim = tuple[int, int]  # extent, stride
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """``groups`` products of p by q; ``vector`` says which axis the lanes run along.
+
+    Weights are packed ``[groups][q / (lanes tile)][p][lanes tile]`` for "column" (one group if
+    ``shared``) and ``[q / tile][groups / lanes][p][tile][lanes]`` for "group".
+    """
+
+    src: int
+    dst: int
+    groups: int
+    p: int
+    q: int  # padded to whole tiles in "column" mode
+    src_offset: int
+    src_group: int  # strides
+    src_p: int
+    dst_group: int
+    dst_q: int
+    weight: int
+    shared: bool
+    vector: str
+    lanes: int
+    tile: int
+    accumulate: bool = False
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``dst[i] (+)= src[i] * weight[i]`` over a nest of ``(extent, src stride)``, dst in order."""
+
+    src: int
+    dst: int
+    dims: tuple[Dim, ...]
+    src_offset: int
+    dst_offset: int
+    weight: int | None = None
+    accumulate: bool = False
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """In-place butterflies on ``blocks`` of ``n`` contiguous features, then times ``scale``."""
+
+    dst: int
+    n: int
+    blocks: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Clear ``dst`` from ``start`` to ``stop``."""
+
+    dst: int
+    start: int
+    stop: int
+
+
+Stage = MatMul | Copy | Hadamard | Zero
+
+
+@dataclass(frozen=True)
+class Value:
+    """Features as a strided view: ``dims`` is a row-major nest of ``(extent, stride)``."""
+
+    buffer: int
+    dims: tuple[Dim, ...]
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return math.prod(extent for extent, _ in self.dims)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the features lie in order from the start of the buffer."""
+        return self.offset == 0 and merge(self.dims) in ((), ((self.size, 1),))
+
+
+@dataclass
+class Program:
+    """Stages, the number of features of every buffer, and the packed weights."""
+
+    sizes: list[int]
+    stages: list[Stage] = field(default_factory=list)
+    weights: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple:
+        """Everything that the code depends on: equal keys, equal kernels."""
+        return (tuple(self.sizes), tuple(self.stages), tuple(w.size for w in self.weights))
+
+
+def lower(op: ops.Op, lanes: int, dtype: str = "float32") -> Program:
+    """Return the program that computes ``x @ op`` with vectors of at most ``lanes``."""
+    lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype))
+    value = lowering.visit(op, Value(X, ((op.n_in, 1),)))
+    lowering.store(value, Y, accumulate=False)
+    return lowering.program
+
+
+def merge(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Join neighbours that are one run of memory and drop extents of one."""
+    out: list[Dim] = []
+    for extent, stride in dims:
+        if extent == 1:
+            continue
+        if out and out[-1][1] == extent * stride:
+            out[-1] = (out[-1][0] * extent, stride)
+        else:
+            out.append((extent, stride))
+    return tuple(out)
+
+
+def split(dims: tuple[Dim, ...], sizes: tuple[int, ...]) -> list[tuple[Dim, ...]] | None:
+    """Cut a nest into consecutive nests of ``sizes`` features, or None where it cannot be."""
+    rest = list(reversed(merge(dims)))  # outermost last, so that pop takes it
+    parts = []
+    for size in sizes:
+        part: list[Dim] = []
+        while size > 1:
+            extent, stride = rest.pop()
+            if size % extent == 0:
+                part.append((extent, stride))
+                size //= extent
+            elif extent % size == 0:
+                part.append((size, stride * (extent // size)))
+                rest.append((extent // size, stride))
+                size = 1
+            else:
+                return None
+        parts.append(merge(tuple(part)))
+    return parts
+
+
+class _Lowering:
+    def __init__(self, program: Program, lanes: int, dtype: np.dtype) -> None:
+        self.program, self.lanes, self.dtype = program, lanes, dtype
+
+    def new_buffer(self, size: int) -> int:
+        self.program.sizes.append(size)
+        return len(self.program.sizes) - 1
+
+    def add_weight(self, array: np.ndarray) -> int:
+        self.program.weights.append(np.ascontiguousarray(array, self.dtype).reshape(-1))
+        return len(self.program.weights) - 1
+
+    def emit(self, stage: Stage) -> None:
+        self.program.stages.append(stage)
+
+    def materialise(self, value: Value) -> Value:
+        """Copy a view into a buffer of its own, in order."""
+        dst = self.new_buffer(value.size)
+        self.emit(Copy(value.buffer, dst, merge(value.dims), value.offset, 0))
+        return Value(dst, ((value.size, 1),))
+
+    def store(self, value: Value, dst: int, *, accumulate: bool) -> None:
+        """Bring a value into ``dst``; its buffer becomes ``dst`` where nothing else is needed."""
+        own = value.buffer > Y and value.contiguous
+        whole = own and self.program.sizes[value.buffer] == value.size
+        writers = [i for i, stage in enumerate(self.program.stages) if stage.dst == value.buffer]
+        if whole and not accumulate:
+            self._rename(value.buffer, dst)
+        elif whole and len(writers) == 1 and isinstance(self.program.stages[writers[0]], MatMul):
+            only = self.program.stages[writers[0]]
+            self.program.stages[writers[0]] = replace(only, dst=dst, accumulate=True)
+            self.program.sizes[value.buffer] = 0
+        else:
+            dims = merge(value.dims)
+            self.emit(Copy(value.buffer, dst, dims, value.offset, 0, accumulate=accumulate))
+
+    def _rename(self, old: int, new: int) -> None:
+        for i, stage in enumerate(self.program.stages):
+            if getattr(stage, "src", None) == old:
+                stage = replace(stage, src=new)
+            if stage.dst == old:
+                stage = replace(stage, dst=new)
+            self.program.stages[i] = stage
+        self.program.sizes[old] = 0
+
+    @singledispatchmethod
+    def visit(self, op: ops.Op, x: Value) -> Value:
+        raise TypeError(f"lower: {type(op).__name__} has no stages; add it to tvmstruct/stages.py")
+
+    @visit.register
+    def _(self, op: ops.Product, x: Value) -> Value:
+        for factor in op.factors:
+            x = self.visit(factor, x)
+        return x
+
+    @visit.register
+    def _(self, op: ops.Sum, x: Value) -> Value:
+        dst = self.new_buffer(op.n_out)
+        for i, term in enumerate(op.terms):
+            self.store(self.visit(term, x), dst, accumulate=i > 0)
+        return Value(dst, ((op.n_out, 1),))
+
+    @visit.register
+    def _(self, op: ops.Permute, x: Value) -> Value:
+        parts = split(x.dims, op.dims)
+        if parts is None:
+            x = self.materialise(x)
+            parts = split(x.dims, op.dims)
+            assert parts is not None
+        dims = tuple(dim for axis in op.axes for dim in parts[axis])
+        return replace(x, dims=merge(dims) or ((1, 1),))
+
+    @visit.register
+    def _(self, op: ops.Slice, x: Value) -> Value:
+        if len(merge(x.dims)) > 1:
+            x = self.materialise(x)
+        stride = x.dims[0][1] if merge(x.dims) == () else merge(x.dims)[0][1]
+        return replace(x, dims=((op.n_out, stride),), offset=x.offset + op.start * stride)
+
+    @visit.register
+    def _(self, op: ops.Pad, x: Value) -> Value:
+        dst = self.new_buffer(op.n_out)
+        stop = op.start + op.n_in
+        for start, end in ((0, op.start), (stop, op.n_out)):
+            if start < end:
+                self.emit(Zero(dst, start, end))
+        self.emit(Copy(x.buffer, dst, merge(x.dims), x.offset, op.start))
+        return Value(dst, ((op.n_out, 1),))
+
+    @visit.register
+    def _(self, op: ops.Diag, x: Value) -> Value:
+        dst = self.new_buffer(op.n_out)
+        self.emit(Copy(x.buffer, dst, merge(x.dims), x.offset, 0, self.add_weight(op.d)))
+        return Value(dst, ((op.n_out, 1),))
+
+    @visit.register
+    def _(self, op: ops.WalshHadamard, x: Value) -> Value:
+        x = self.materialise(x)
+        self.emit(Hadamard(x.buffer, op.n, op.blocks, op.scale))
+        return x
+
+    @visit.register
+    def _(self, op: ops.Dense, x: Value) -> Value:
+        return self.matmul(op.w[None], 1, x, shared=True)
+
+    @visit.register
+    def _(self, op: ops.SharedBlockDiag, x: Value) -> Value:
+        return self.matmul(op.w[None], op.blocks, x, shared=True)
+
+    @visit.register
+    def _(self, op: ops.BlockDiag, x: Value) -> Value:
+        return self.matmul(op.w, op.w.shape[0], x, shared=op.w.shape[0] == 1)
+
+    def matmul(self, w: np.ndarray, groups: int, x: Value, *, shared: bool) -> Value:
+        _, p, q = w.shape
+        parts = split(x.dims, (groups, p))
+        if parts is None or max(map(len, parts)) > 1:
+            x = self.materialise(x)
+            parts = split(x.dims, (groups, p))
+        strides = [part[0][1] if part else 0 for part in parts or ()]
+        along = next((v for v in (16, 8, 4) if v <= self.lanes and groups % v == 0), 0)
+        if strides[0] == 1 and along and p * q > 1:
+            return self._matmul_over_groups(w, groups, x, strides, along)
+        return self._matmul_over_columns(w, groups, x, strides, shared)
+
+    def _matmul_over_groups(self, w, groups, x, strides, lanes) -> Value:
+        """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
+        _, p, q = w.shape
+        tile = 2 if q % 2 == 0 else 1
+        w = np.broadcast_to(w, (groups, p, q))
+        packed = w.reshape(groups // lanes, lanes, p, q // tile, tile).transpose(3, 0, 2, 4, 1)
+        dst = self.new_buffer(groups * q)
+        self.emit(
+            MatMul(
+                x.buffer, dst, groups, p, q, x.offset, 1, strides[1], 1, groups,
+                self.add_weight(packed), False, "group", lanes, tile,
+            )
+        )  # fmt: skip
+        return Value(dst, ((groups, 1), (q, groups)))
+
+    def _matmul_over_columns(self, w, groups, x, strides, shared) -> Value:
+        """Lanes along the outputs; q is padded to whole vectors, so rows of dst are too."""
+        count, p, q = w.shape
+        lanes = next(v for v in (4, 8, 16) if v >= min(q, self.lanes))
+        vectors = -(-q // lanes)
+        tile = next(t for t in (3, 2, 1) if vectors % t == 0)
+        width = vectors * lanes
+        padded = np.zeros((count, p, width), self.dtype)
+        padded[:, :, :q] = w
+        packed = padded.reshape(count, p, vectors // tile, tile * lanes).transpose(0, 2, 1, 3)
+        dst = self.new_buffer(groups * width)
+        self.emit(
+            MatMul(
+                x.buffer, dst, groups, p, width, x.offset, strides[0], strides[1], width, 1,
+                self.add_weight(packed), shared, "column", lanes, tile,
+            )
+        )  # fmt: skip
+        return Value(dst, ((groups, width), (q, 1)))
