@@ -1,0 +1,1 @@
+"""Graph rewrites on Relax: one file, one class, ``rewrite(graph, call)``."""

@@ -1,0 +1,67 @@
+"""Turn every layer call into the call of a scheduled kernel with its packed weights."""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+
+import numpy as np
+from tvm import relax
+
+from tvmstruct import compat, ops
+from tvmstruct.layers import Attention, Layer, LayerNorm, LayerTable, Node, arguments
+from tvmstruct.rewrite import Graph
+from tvmstruct.schedules import Kernels
+from tvmstruct.schedules.compute.dense import pack
+from tvmstruct.weights import WeightStore
+
+
+class EmitKernels:
+    """Choose the kernel of each node for the rows at hand, and collect the kernels used."""
+
+    name = "emit_kernels"
+
+    def __init__(self, table: LayerTable, kernels: Kernels, store: WeightStore) -> None:
+        self.table, self.kernels, self.store = table, kernels, store
+        self.used: dict[str, object] = {}
+
+    def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
+        """Return the kernel call of a node."""
+        node = self.table.node(call)
+        if node is None:
+            return None
+        shape = compat.static_shape(call)
+        assert shape is not None
+        kernel, args = self._kernel(node, arguments(call), shape)
+        self.used[kernel.symbol] = kernel
+        return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
+
+    @singledispatchmethod
+    def _kernel(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]):
+        raise TypeError(f"no kernel for {type(node).__name__}")
+
+    @_kernel.register
+    def _(self, node: Layer, args, shape):
+        x, *residual = args
+        if isinstance(node.op, ops.Dense):
+            n_in, n_out = node.op.w.shape
+            kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
+            width, w = self.kernels.panel_width, node.op.w
+            weights = [self.store.tensor(f"{node.key}#packed{width}", lambda: pack(w, width))]
+        else:
+            program = self.store.program(node.key, node.op, self.kernels.lanes)
+            kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
+            weights = [
+                self.store.tensor(f"{node.key}#stage{i}", lambda w=w: w)
+                for i, w in enumerate(program.weights)
+            ]
+        if node.bias is not None:
+            weights.append(self.store.small("bias", np.asarray(node.bias, np.float32)))
+        return kernel, [x, *map(relax.const, weights), *residual]
+
+    @_kernel.register
+    def _(self, node: Attention, args, shape):
+        return self.kernels.attention(node, shape[0]), args
+
+    @_kernel.register
+    def _(self, node: LayerNorm, args, shape):
+        return self.kernels.layer_norm(node.n, node.epsilon), args

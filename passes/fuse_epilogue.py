@@ -1,0 +1,100 @@
+"""Fold what follows a layer into it: bias, activation, residual.
+
+Looks through reshapes, since layers live on rows while the graph around them has batch and
+length. Only a value that nothing else reads is folded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from tvm import relax
+
+from tvmstruct import compat
+from tvmstruct.layers import Layer, LayerTable, arguments
+from tvmstruct.passes.activations import Activation, find_activation
+from tvmstruct.rewrite import Graph
+
+R = relax.op
+
+
+class FuseEpilogue:
+    """Fold add, activation and residual into the layer before them."""
+
+    name = "fuse_epilogue"
+
+    def __init__(self, table: LayerTable) -> None:
+        self.table = table
+
+    def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
+        """Return the layer with one more step in its epilogue, or None."""
+        if (found := find_activation(graph, call)) is not None:
+            return self._activation(graph, call, found)
+        if compat.op_name(call) == "relax.add":
+            for a, b in (call.args, reversed(call.args)):
+                if (out := self._add(graph, call, a, b)) is not None:
+                    return out
+        return None
+
+    def _activation(self, graph: Graph, call, found: Activation) -> relax.Expr | None:
+        layer, old = self._producer(graph, found.x, uses=found.uses)
+        if layer is None or layer.activation != "none" or layer.residual:
+            return None
+        return self._replace(replace(layer, activation=found.name), old, [], call)
+
+    def _add(self, graph: Graph, call, y, other) -> relax.Expr | None:
+        layer, old = self._producer(graph, y, uses=1)
+        if layer is None or layer.residual:
+            return None
+        value = graph.value(other)
+        if compat.is_constant(value):
+            return self._bias(layer, old, compat.constant_array(value), call)
+        shape = compat.static_shape(call)
+        if shape != compat.static_shape(other) or compat.dtype_of(other) != "float32":
+            return None
+        rows = R.reshape(other, compat.static_shape(old))
+        return self._replace(replace(layer, residual=True), old, [rows], call)
+
+    def _bias(self, layer: Layer, old, bias: np.ndarray, call) -> relax.Expr | None:
+        shape = compat.static_shape(call)
+        if layer.activation != "none" or shape is None or shape[-1] != layer.op.n_out:
+            return None
+        if bias.ndim > len(shape) or (bias.ndim and bias.size != bias.shape[-1]):
+            return None
+        if bias.size not in (1, layer.op.n_out) or bias.dtype != np.float32:
+            return None
+        bias = np.broadcast_to(bias.reshape(-1), (layer.op.n_out,))
+        total = bias if layer.bias is None else layer.bias + bias
+        return self._replace(replace(layer, bias=total), old, [], call)
+
+    def _producer(self, graph: Graph, expr, uses: int) -> tuple[Layer | None, relax.Expr | None]:
+        """Return the layer whose rows ``expr`` reshapes, if nothing else reads them."""
+        first = True
+        while isinstance(expr, relax.Var):
+            if graph.uses[expr] != (uses if first else 1):
+                return None, None
+            first = False
+            value = graph.bound.get(expr)
+            if (layer := self.table.layer(value)) is not None:
+                width = (compat.static_shape(value) or (0,))[-1]
+                return (layer, value) if width == layer.op.n_out else (None, None)
+            if compat.op_name(value) != "relax.reshape" or not _keeps_last_axis(value):
+                return None, None
+            expr = value.args[0]
+        return None, None
+
+    def _replace(self, layer: Layer, old, extra: list, call) -> relax.Expr:
+        rows = compat.static_shape(old)
+        assert rows is not None
+        y = self.table.call(layer, [*arguments(old), *extra], rows)
+        shape = compat.static_shape(call)
+        assert shape is not None
+        assert math.prod(shape) == math.prod(rows)
+        return R.reshape(y, shape)
+
+
+def _keeps_last_axis(reshape: relax.Call) -> bool:
+    before, after = compat.static_shape(reshape.args[0]), compat.static_shape(reshape)
+    return bool(before and after) and before[-1] == after[-1]

@@ -1,0 +1,115 @@
+"""Layers while a model is being compiled: what a call in the graph stands for.
+
+The passes do not carry weights through the graph. A dense layer becomes one call of an external
+symbol, ``tvmstruct.layer.<i>``, and row i of a `LayerTable` says what it is: its operator, its
+bias, its activation. `emit` turns the call into a kernel at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from tvm import relax
+
+from tvmstruct import compat, ops
+from tvmstruct.schedules.compute.dense import Epilogue
+
+PREFIX = "tvmstruct.layer."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``y = residual + activation(x @ op + bias)`` on rows, under its weights' source names."""
+
+    names: tuple[str, ...]
+    op: ops.Op
+    transposed: bool = False  # whether op is the source's array transposed
+    bias: np.ndarray | None = None
+    activation: str = "none"
+    residual: bool = False
+
+    @property
+    def key(self) -> str:
+        """What tells this weight from every other of the model, stable over buckets."""
+        return "+".join(self.names) + ("^T" if self.transposed else "")
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What the kernel does after the product."""
+        return Epilogue(self.bias is not None, self.activation, self.residual)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Fused attention on row buffers; a layout is (width, offset of the first head)."""
+
+    heads: int
+    head_dim: int
+    value_dim: int
+    query_length: int
+    key_length: int
+    scale: float
+    q_layout: tuple[int, int]
+    k_layout: tuple[int, int]
+    v_layout: tuple[int, int]
+    mask: str = "none"
+    mask_dims: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis."""
+
+    n: int
+    epsilon: float
+
+
+@dataclass
+class Form:
+    """What a weight became, decided once per weight and kept for every bucket."""
+
+    op: ops.Op
+    form: str = "dense"
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    error: float = 0.0
+    reason: str = ""
+
+
+Node = Layer | Attention | LayerNorm
+
+
+class LayerTable:
+    """The nodes that calls of ``tvmstruct.layer.<i>`` stand for."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    def call(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]) -> relax.Call:
+        """Return a new call of ``node`` with a float32 result of ``shape``."""
+        self.nodes.append(node)
+        symbol = f"{PREFIX}{len(self.nodes) - 1}"
+        return relax.call_dps_packed(symbol, args, compat.tensor_type(shape, "float32"))
+
+    def node(self, expr: relax.Expr) -> Node | None:
+        """Return what a call stands for, or None for any other expression."""
+        if compat.op_name(expr) != compat.DPS:
+            return None
+        symbol = expr.args[0].global_symbol
+        return self.nodes[int(symbol[len(PREFIX) :])] if symbol.startswith(PREFIX) else None
+
+    def layer(self, expr: relax.Expr) -> Layer | None:
+        """Return the dense or structured layer that a call stands for."""
+        node = self.node(expr)
+        return node if isinstance(node, Layer) else None
+
+
+def arguments(call: relax.Call) -> list[relax.Expr]:
+    """Return the tensor arguments of a layer call."""
+    return list(call.args[1].fields)
+
+
+def with_residual(layer: Layer) -> Layer:
+    """Return the layer with one more argument, added after the activation."""
+    return replace(layer, residual=True)

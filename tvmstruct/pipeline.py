@@ -1,0 +1,155 @@
+"""The ordered list of passes from an imported module to a scheduled one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import tvm
+from tvm import relax
+from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
+
+from tvmstruct import compat
+from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
+from tvmstruct.layers import Form, Layer, LayerTable
+from tvmstruct.passes.apply_plan import ApplyPlan
+from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
+from tvmstruct.passes.emit_kernels import EmitKernels
+from tvmstruct.passes.fuse_attention import FuseAttention
+from tvmstruct.passes.fuse_epilogue import FuseEpilogue
+from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
+from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
+from tvmstruct.passes.merge_shared_input import MergeSharedInput
+from tvmstruct.passes.recover_structure import RecoverStructure
+from tvmstruct.passes.simplify_layout import SimplifyLayout
+from tvmstruct.planning import Plan
+from tvmstruct.report import LayerRecord
+from tvmstruct.rewrite import Graph, Log, Rule, apply_rule
+from tvmstruct.schedules import Kernels
+from tvmstruct.schedules.registry import KERNEL, Kernel
+from tvmstruct.targets import TargetSpec
+from tvmstruct.weights import WeightStore
+
+STEPS = 4  # an epilogue has at most bias, activation, residual; each round folds one of them
+
+
+@dataclass
+class Session:
+    """What all buckets of one model share: forms of weights, packed weights, the target."""
+
+    spec: TargetSpec
+    kernels: Kernels
+    plan: Plan = field(default_factory=Plan)
+    store: WeightStore = field(default_factory=WeightStore)
+    forms: dict[str, Form] = field(default_factory=dict)
+
+
+@dataclass
+class Lowered:
+    """One bucket, scheduled: its module, the kernels that it calls, the weights that it takes."""
+
+    mod: tvm.IRModule
+    kernels: dict[str, Kernel]
+    weights: list[str]
+    layers: list[LayerRecord]
+
+
+def lower(mod: tvm.IRModule, session: Session) -> Lowered:
+    """Run every pass on a static module; weights leave it as parameters of ``main``."""
+    names = {compat.address(t): str(n) for n, t in _attr(mod, WEIGHTS_ATTR).items()}
+    stored = {str(n): str(d) for n, d in _attr(mod, STORED_ATTR).items()}
+    table, log = LayerTable(), Log()
+    for rule in _find_layers(table, names, stored, session):
+        mod = apply_rule(mod, rule, log)
+    records = list(_records(mod, table, session, names, log))
+    for rule in _fuse(table):
+        mod = apply_rule(mod, rule, log)
+    emit = EmitKernels(table, session.kernels, session.store)
+    lift = LiftConstants(session.store)
+    for rule in (emit, lift):
+        mod = apply_rule(mod, rule, log)
+    mod = with_parameters(mod, lift)
+    mod = _legalize(mod, session)
+    return Lowered(mod, dict(emit.used), lift.names, records)
+
+
+def _find_layers(table: LayerTable, names, stored, session: Session) -> Iterator[Rule]:
+    yield CanonicalizeDense(table, names)
+    yield SimplifyLayout()
+    yield ApplyPlan(table, session.forms, session.plan)
+    yield RecoverStructure(table, session.forms, stored)
+
+
+def _fuse(table: LayerTable) -> Iterator[Rule]:
+    for _ in range(STEPS):
+        yield FuseEpilogue(table)
+    yield FuseAttention(table)
+    yield SimplifyLayout()
+    yield SimplifyLayout()
+    yield MergeSharedInput(table)
+    yield FuseLayerNorm(table)
+    yield SimplifyLayout()
+
+
+def _legalize(mod: tvm.IRModule, session: Session) -> tvm.IRModule:
+    """Lower what is left to PrimFuncs, fuse them, and schedule each."""
+    with session.spec.target:
+        mod = tvm.transform.Sequential(
+            [
+                *cpu_pipeline.library_dispatch_passes(session.spec.target),
+                relax.transform.LegalizeOps(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+            ]
+        )(mod)
+        for gvar, func in list(mod.functions_items()):
+            if isinstance(func, tvm.tirx.PrimFunc) and KERNEL not in (func.attrs or {}):
+                mod[gvar] = session.kernels.schedule(func)
+    return mod
+
+
+def build(mod: tvm.IRModule, session: Session):
+    """Return the Relax executable of a scheduled module."""
+    target = session.spec.target
+    passes = cpu_pipeline.dataflow_lower_passes(target) + cpu_pipeline.finalize_passes(target)
+    with target:
+        return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _attr(mod: tvm.IRModule, key: str) -> dict:
+    return dict(mod.attrs[key]) if mod.attrs and key in mod.attrs else {}
+
+
+def _records(mod, table: LayerTable, session: Session, names, log: Log) -> Iterator[LayerRecord]:
+    """Yield one record per layer, in the order of the graph."""
+    graph, tables, seen = Graph(mod["main"]), 0, set()
+    for value in graph.bound.values():
+        if (layer := table.layer(value)) is not None and layer.key not in seen:
+            seen.add(layer.key)
+            yield _layer_record(layer, session)
+        elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
+            name = names.get(compat.address(compat.constant_tensor(value.args[0])))
+            if name is not None and name not in seen:
+                seen.add(name)
+                yield _table_record(name, value.args[0])
+    for rule, name, why in log.rejected:
+        if rule == CanonicalizeDense.name:
+            yield LayerRecord(name, (), "not a layer", reason=why)
+    del tables
+
+
+def _layer_record(layer: Layer, session: Session) -> LayerRecord:
+    form = session.forms[layer.key]
+    op = form.op
+    return LayerRecord(
+        layer.names[0], (op.n_in, op.n_out), form.form, dict(form.parameters), op.params,
+        op.macs, 4 * op.params, None, form.error, form.reason,
+    )  # fmt: skip
+
+
+def _table_record(name: str, constant) -> LayerRecord:
+    shape = compat.static_shape(constant) or ()
+    size = compat.constant_array(constant).size
+    return LayerRecord(name, shape, "table", {}, size, 0, 4 * size, reason="rows are gathered")
