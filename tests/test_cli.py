@@ -1,0 +1,275 @@
+"""The command line against a fake compiler: options, output, exit codes."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import tvmstruct
+from tvmstruct import cli, progress
+from tvmstruct.errors import InputError, ModelError
+
+
+class FakeReport:
+    def to_json(self):
+        return '{"layers": []}'
+
+    def show(self):
+        sys.stdout.write("the report\n")
+
+    def _repr_html_(self):
+        return "<table></table>"
+
+
+class FakeModel:
+    inputs = (
+        SimpleNamespace(name="input_ids", dtype="int64", shape=("batch", "length")),
+        SimpleNamespace(name="attention_mask", dtype="int64", shape=("batch", "length")),
+        SimpleNamespace(name="scale", dtype="float32", shape=("batch", 3)),
+    )
+
+    def __init__(self):
+        self.buckets, self.feeds, self.options = [], {}, {}
+
+    def compile_bucket(self, shapes):
+        self.buckets.append(shapes)
+
+    def run(self, feeds):
+        self.feeds = feeds
+        return {"sum": feeds["input_ids"].sum(axis=1), "nan": np.array([np.nan, 1.0])}
+
+    def report(self):
+        return FakeReport()
+
+    def save(self, path):
+        path.write_bytes(b"compiled")
+
+
+@pytest.fixture
+def model(monkeypatch):
+    fake = FakeModel()
+
+    def compile_source(source, target="host", **options):
+        fake.options = {"source": source, "target": target, **options}
+        return fake
+
+    monkeypatch.setattr(tvmstruct, "from_onnx", lambda path: ("onnx", path), raising=False)
+    monkeypatch.setattr(tvmstruct, "from_pretrained", lambda path: ("hf", path), raising=False)
+    monkeypatch.setattr(tvmstruct, "compile", compile_source, raising=False)
+    monkeypatch.setattr(tvmstruct, "load", lambda path: fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def onnx_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # or messages are broken into lines
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=exit_info.value.code, out=captured.out, err=captured.err)
+
+    return run
+
+
+ONE = {"input_ids": (1, 16), "attention_mask": (1, 16), "scale": (1, 3)}
+TWO = {"input_ids": (8, 128), "attention_mask": (8, 128), "scale": (8, 3)}
+
+
+def test_compile_saves_the_buckets_named(model, onnx_file, tmp_path, call):
+    out = tmp_path / "out.tvms"
+    shapes = ["--shape", "input_ids=1x16", "--shape", "input_ids=8x128"]
+    result = call("compile", onnx_file, "-o", out, "--target", "llvm -mcpu=znver2", *shapes)
+    assert result.code == 0
+    assert model.buckets == [ONE, TWO]
+    assert model.options["target"] == "llvm -mcpu=znver2"
+    assert model.options["source"] == ("onnx", onnx_file)
+    assert out.read_bytes() == b"compiled"
+    assert str(out) in result.out
+
+
+def test_compile_without_shapes_has_default_buckets(model, onnx_file, tmp_path, call):
+    assert call("compile", onnx_file, "-o", tmp_path / "out.tvms").code == 0
+    assert [bucket["input_ids"] for bucket in model.buckets] == [(1, 16), (1, 128)]
+
+
+def test_compile_prints_json(model, onnx_file, tmp_path, call):
+    result = call("compile", onnx_file, "-o", tmp_path / "out.tvms", "--json")
+    summary = json.loads(result.out)
+    assert summary["bytes"] == 8
+    assert summary["report"] == {"layers": []}
+    assert summary["buckets"][0]["scale"] == [1, 3]
+
+
+def test_compile_takes_a_folder_and_a_plan(model, tmp_path, call):
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"layers": {}}')
+    result = call("compile", tmp_path, "-o", tmp_path / "out.tvms", "--plan", plan)
+    assert result.code == 0
+    assert model.options["source"] == ("hf", tmp_path)
+    assert model.options["plan"] == {"layers": {}}
+
+
+def test_a_plan_that_is_not_json_is_an_error(model, onnx_file, tmp_path, call):
+    plan = tmp_path / "plan.json"
+    plan.write_text("{")
+    result = call("compile", onnx_file, "-o", tmp_path / "out.tvms", "--plan", plan)
+    assert (result.code, "plan.json is not JSON" in result.err) == (1, True)
+
+
+def test_run_reads_and_writes_arrays(model, onnx_file, tmp_path, call):
+    np.save(tmp_path / "ids.npy", np.arange(6).reshape(2, 3))
+    result = call(
+        *("run", onnx_file, "--input", f"input_ids={tmp_path / 'ids.npy'}"),
+        *("--random", "attention_mask=2x3", "--random", "scale=2x3"),
+        *("--output", tmp_path / "out.npz", "--json"),
+    )
+    assert result.code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["sum"], [3, 12])
+    described = {row["name"]: row for row in json.loads(result.out)["outputs"]}
+    assert described["sum"] == {
+        **{"name": "sum", "dtype": "int64", "shape": [2], "min": 3.0, "mean": 7.5, "max": 12.0}
+    }
+    assert described["nan"]["max"] is None
+    assert (model.feeds["attention_mask"] == 1).all()
+    assert model.feeds["scale"].dtype == np.float32
+
+
+def test_run_prints_a_table(model, tmp_path, call):
+    saved = tmp_path / "model.tvms"
+    saved.write_bytes(b"")
+    result = call("run", saved, "--random", "input_ids=2x3")
+    assert result.code == 0
+    assert "sum" in result.out
+
+
+def test_report_as_text_json_and_page(model, onnx_file, tmp_path, call):
+    assert call("report", onnx_file).out == "the report\n"
+    result = call("report", onnx_file, "--json", "--html", tmp_path / "page.html")
+    assert json.loads(result.out) == {"layers": []}
+    assert "<table>" in (tmp_path / "page.html").read_text()
+
+
+MISUSE = [
+    (["compile", "MODEL"], "--output"),
+    (["compile", "MODEL", "-o", "/no/such/folder/out.tvms"], "folder"),
+    (["compile", "/no/such/model.onnx", "-o", "out.tvms"], "does not exist"),
+    (["compile", "MODEL", "-o", "out.tvms", "--shape", "input_ids"], "NAME=VALUE"),
+    (["compile", "MODEL", "-o", "out.tvms", "--shape", "input_ids=1,2"], "1x128"),
+    (["compile", "MODEL", "-o", "out.tvms", "--shape", "input_ids=0x2"], "1x128"),
+    (["compile", "MODEL", "-o", "out.tvms", "--threads", "0"], "--threads"),
+    (["run", "MODEL"], "--random"),
+    (["run", "MODEL", "--random", "a=1", "--random", "a=2"], "twice"),
+    (["fly", "MODEL"], "fly"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "hint"), MISUSE, ids=lambda value: str(value))
+def test_misuse_exits_with_two(model, onnx_file, call, arguments, hint):
+    result = call(*(onnx_file if a == "MODEL" else a for a in arguments))
+    assert result.code == 2
+    assert hint in result.err
+
+
+def test_a_compiled_model_is_not_compiled_again(model, tmp_path, call):
+    saved = tmp_path / "model.tvms"
+    saved.write_bytes(b"")
+    assert call("compile", saved, "-o", tmp_path / "out.tvms").code == 2
+
+
+def test_our_errors_are_one_line_and_exit_with_one(model, monkeypatch, onnx_file, tmp_path, call):
+    def fail(path):
+        raise ModelError("model.onnx: truncated at byte 7")
+
+    monkeypatch.setattr(tvmstruct, "from_onnx", fail)
+    result = call("compile", onnx_file, "-o", tmp_path / "out.tvms")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "tvmstruct: model.onnx: truncated at byte 7\n"
+
+
+@pytest.mark.parametrize("option", ["--shape", "--random"])
+def test_an_unknown_input_is_named(model, onnx_file, tmp_path, call, option):
+    command = "run" if option == "--random" else "report"
+    result = call(command, onnx_file, option, "pixels=1x16")
+    assert result.code == 1
+    assert "no input 'pixels'; the inputs are input_ids, attention_mask, scale" in result.err
+
+
+def test_an_array_file_must_be_an_array(model, onnx_file, tmp_path, call):
+    (tmp_path / "x.npy").write_bytes(b"not an array")
+    result = call("run", onnx_file, "--input", f"input_ids={tmp_path / 'x.npy'}")
+    assert (result.code, "not an .npy file" in result.err) == (1, True)
+
+
+def test_complete_fills_what_the_symbols_fix():
+    assert cli.complete({"input_ids": (8, 128)}, FakeModel.inputs) == TWO
+    with pytest.raises(InputError, match="dimension length of input_ids is open"):
+        cli.complete({"scale": (8, 3)}, FakeModel.inputs)
+    with pytest.raises(InputError, match="rank 2"):
+        cli.complete({"scale": (8,)}, FakeModel.inputs)
+
+
+def test_default_buckets_of_fixed_inputs_are_one():
+    fixed = [SimpleNamespace(name="x", dtype="float32", shape=(4, 3))]
+    assert cli.default_buckets(fixed) == [{"x": (4, 3)}]
+
+
+@pytest.mark.parametrize("command", [[], ["compile"], ["run"], ["report"], ["demo"]], ids=str)
+def test_help_has_an_example(command, call):
+    result = call(*command, "--help")
+    assert result.code == 0
+    assert "Example: tvmstruct" in result.out
+
+
+def test_version(call):
+    assert call("--version").out.startswith("tvmstruct 0.")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from tvmstruct import cli\n"
+        "try:\n    cli.main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'tvm', 'numpy', 'onnx', 'torch', 'xgboost'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_module_runs_as_program():
+    command = [sys.executable, "-m", "tvmstruct", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tvmstruct ")
+
+
+def test_long_work_says_so_in_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    with progress.working("compiling [1x16]"):
+        wait_for(lambda: "compiling [1x16] ..." in capsys.readouterr().err)
+
+
+def test_short_work_is_silent(capsys):
+    with progress.working("compiling"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def wait_for(condition, seconds=5.0):
+    import time
+
+    stop = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop, "nothing happened"
+        time.sleep(0.01)

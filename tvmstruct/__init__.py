@@ -1,0 +1,70 @@
+"""tvmstruct: make trained NLP models small and fast by giving their layers structure.
+
+>>> import tvmstruct
+>>> source = tvmstruct.from_onnx("model.onnx")
+>>> model = tvmstruct.compile(source, target="llvm -mcpu=znver2")
+>>> hidden = model(input_ids, attention_mask)
+>>> model.report().show()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvmstruct.compiler import compile, load
+    from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
+    from tvmstruct.model import CompiledModel
+    from tvmstruct.planning import LayerPlan, Plan
+    from tvmstruct.report import Report
+    from tvmstruct.targets import resolve as resolve_target
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "compiler",
+    "load": "compiler",
+    "Source": "frontends",
+    "from_onnx": "frontends",
+    "from_pretrained": "frontends",
+    "from_relax": "frontends",
+    "from_torch": "frontends",
+    "CompiledModel": "model",
+    "LayerPlan": "planning",
+    "Plan": "planning",
+    "Report": "report",
+    "resolve_target": "targets",
+}
+
+__all__ = [
+    "CompiledModel",
+    "LayerPlan",
+    "Plan",
+    "Report",
+    "Source",
+    "compile",
+    "from_onnx",
+    "from_pretrained",
+    "from_relax",
+    "from_torch",
+    "load",
+    "resolve_target",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: ``--help`` must not wait for TVM."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tvmstruct' has no attribute {name!r}")
+    from tvmstruct.threads import configure
+
+    configure()  # TVM reads its thread variables once, so before anything imports it
+    target = "resolve" if name == "resolve_target" else name
+    value = getattr(importlib.import_module(f"tvmstruct.{_HOME[name]}"), target)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

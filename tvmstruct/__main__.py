@@ -1,0 +1,5 @@
+"""``python -m tvmstruct``: the command line."""
+
+from tvmstruct.cli import main
+
+main()

@@ -1,0 +1,379 @@
+"""The command line: compile, run, report, demo. Heavy modules are imported when they are used."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tvmstruct.errors import InputError, PlanError, TvmstructError
+
+if TYPE_CHECKING:
+    from tvmstruct.sentence import Spec
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+DEFAULT_LENGTHS = (16, 128)
+FAILED, MISUSED = 1, 2
+
+app = typer.Typer(
+    help="Compile trained NLP models to small, fast ones.",
+    epilog="Example: tvmstruct compile model.onnx -o model.tvms",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        exists=True,
+        help="An .onnx file, a Hugging Face folder, or a compiled .tvms file.",
+    ),
+]
+SourceModel = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", exists=True, help="An .onnx file or a Hugging Face folder."),
+]
+Target = Annotated[str, typer.Option(help="Where the model will run: host, or llvm -mcpu=<name>.")]
+Plan = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="JSON: which layer becomes what."),
+]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=AxB",
+        help="Shape to compile for; naming an input again starts the next shape bucket.",
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit 1 on an error of ours or of the system, 2 on misuse."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="tvmstruct")
+    except (TvmstructError, OSError) as error:
+        sys.stderr.write(f"tvmstruct: {error}\n")
+        sys.exit(FAILED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tvmstruct {version('tvmstruct')} (apache-tvm {version('apache-tvm')})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
+    ] = False,
+) -> None:
+    """Compile trained NLP models to small, fast ones."""
+
+
+@app.command(
+    "compile",
+    epilog="Example: tvmstruct compile model.onnx -o model.tvms "
+    "--shape input_ids=1x16 --shape input_ids=8x128",
+)
+def compile_model(
+    model: SourceModel,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .tvms file to write.")],
+    target: Target = "host",
+    plan: Plan = None,
+    shape: ShapeOption = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile MODEL for some shapes and save it as one file."""
+    if model.suffix == ".tvms":
+        raise typer.BadParameter(f"{model} is compiled already; give its .onnx file or folder")
+    _check_folder(output)
+    from tvmstruct.progress import working
+
+    started = time.perf_counter()
+    compiled = _open(model, target, plan, threads)
+    buckets = _compile_buckets(compiled, _parse_shapes(shape))
+    with working(f"writing {output}"):
+        compiled.save(output)
+    size, seconds = output.stat().st_size, round(time.perf_counter() - started, 3)
+    summary = {
+        "output": str(output),
+        "bytes": size,
+        "seconds": seconds,
+        "target": target,
+        "buckets": [{name: list(dims) for name, dims in bucket.items()} for bucket in buckets],
+    }
+    if as_json:
+        _print_json(summary | {"report": json.loads(compiled.report().to_json())})
+    else:
+        shapes = "; ".join(map(_describe, buckets))
+        typer.echo(f"{output}: {size / 1e6:.1f} MB in {seconds:.1f} s, for {shapes}")
+        typer.echo(f"what became of each layer: tvmstruct report {output}")
+
+
+@app.command(epilog="Example: tvmstruct run model.tvms --input input_ids=ids.npy --output out.npz")
+def run(
+    model: Model,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=FILE.npy", help="An input array; repeatable."),
+    ] = None,
+    random: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=AxB",
+            help="A made-up input: masks are ones, integers 0 to 99, floats normal; repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the outputs to an .npz file.")
+    ] = None,
+    target: Target = "host",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run MODEL once and describe or save what comes out."""
+    from tvmstruct.progress import working
+
+    files, shapes = _named(inputs, "--input"), _merge(_parse_shapes(random, "--random"))
+    if not files and not shapes:
+        raise typer.BadParameter("give the inputs: --input NAME=FILE.npy or --random NAME=AxB")
+    _check_folder(output)
+    compiled = _open(model, target, None, threads)
+    feeds = {name: _read_array(name, Path(file)) for name, file in files}
+    feeds |= _random_arrays(compiled.inputs, shapes)
+    with working(f"running {model}"):
+        results = compiled.run(feeds)
+    if output is not None:
+        import numpy as np
+
+        np.savez(output, **results)
+    described = [_summary(name, array) for name, array in results.items()]
+    if as_json:
+        _print_json({"outputs": described})
+    else:
+        _print_table(described)
+
+
+@app.command(epilog="Example: tvmstruct report model.tvms --html report.html")
+def report(
+    model: Model,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write the table as a web page too.")
+    ] = None,
+    target: Target = "host",
+    plan: Plan = None,
+    shape: ShapeOption = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say for every layer of MODEL what it became, what it costs, and why."""
+    _check_folder(html)
+    compiled = _open(model, target, plan, threads)
+    if model.suffix != ".tvms":
+        wanted = _parse_shapes(shape)
+        _compile_buckets(compiled, wanted or default_buckets(compiled.inputs)[-1:])
+    found = compiled.report()
+    if html is not None:
+        title = f"<!doctype html><meta charset=utf-8><title>{model.name}</title>"
+        html.write_text(title + found._repr_html_(), encoding="utf-8")
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        found.show()
+
+
+@app.command(epilog="Example: tvmstruct demo --json > demo.json")
+def demo(as_json: AsJson = False) -> None:
+    """Compile a real sentence encoder, check it and compare its speed with ONNX Runtime."""
+    from tvmstruct.demo import run_demo, show
+
+    result = run_demo()
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        show(result)
+
+
+def _check_folder(output: Path | None) -> None:
+    """Say at once, not after a minute of compiling, that the folder to write to is missing."""
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"{output}: there is no folder {output.parent}")
+
+
+def _open(path: Path, target: str, plan: Path | None, threads: int | None) -> Any:
+    """Return the CompiledModel of an .onnx file, a Hugging Face folder or a .tvms file."""
+    from tvmstruct.progress import working
+
+    with working(f"reading {path}"):
+        import tvmstruct
+
+        if path.suffix == ".tvms":
+            return tvmstruct.load(path)
+        source = tvmstruct.from_pretrained(path) if path.is_dir() else tvmstruct.from_onnx(path)
+        return tvmstruct.compile(source, target, plan=plan and _read_plan(plan), threads=threads)
+
+
+def _read_plan(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlanError(f"--plan: {path} is not JSON ({error})") from error
+
+
+def _compile_buckets(compiled: Any, wanted: list[Shapes]) -> list[Shapes]:
+    """Compile ``compiled`` for every bucket, or the default ones, and return them in full."""
+    from tvmstruct.progress import working
+
+    given = wanted or default_buckets(compiled.inputs)
+    buckets = [complete(bucket, compiled.inputs) for bucket in given]
+    for number, bucket in enumerate(buckets, 1):
+        with working(f"compiling {_describe(bucket)} ({number} of {len(buckets)})"):
+            compiled.compile_bucket(bucket)
+    return buckets
+
+
+def default_buckets(inputs: Sequence[Spec]) -> list[Shapes]:
+    """Return one row of 16 and of 128 tokens; the one bucket there is where nothing varies."""
+    varies = any(isinstance(dim, str) for spec in inputs for dim in spec.shape)
+    buckets: list[Shapes] = []
+    for length in DEFAULT_LENGTHS if varies else DEFAULT_LENGTHS[:1]:
+        sizes: dict[str, int] = {}
+        for spec in inputs:
+            for axis, dim in enumerate(spec.shape):
+                if isinstance(dim, str):
+                    sizes.setdefault(dim, 1 if axis == 0 else length)
+        buckets.append({spec.name: _sized(spec, sizes) for spec in inputs})
+    return buckets
+
+
+def complete(bucket: Mapping[str, Shape], inputs: Sequence[Spec]) -> Shapes:
+    """Return ``bucket`` with the inputs it leaves out, whose symbols the given ones fix."""
+    known = {spec.name: spec for spec in inputs}
+    sizes: dict[str, int] = {}
+    for name, shape in bucket.items():
+        if name not in known:
+            raise InputError(f"--shape: no input {name!r}; the inputs are {', '.join(known)}")
+        dims = known[name].shape
+        if len(shape) != len(dims):
+            raise InputError(
+                f"--shape: {name} has rank {len(dims)}, {'x'.join(map(str, shape))} {len(shape)}"
+            )
+        sizes |= {dim: size for dim, size in zip(dims, shape, strict=True) if isinstance(dim, str)}
+    return {spec.name: bucket.get(spec.name) or _sized(spec, sizes) for spec in inputs}
+
+
+def _sized(spec: Spec, sizes: Mapping[str, int]) -> Shape:
+    for dim in spec.shape:
+        if not isinstance(dim, int) and dim not in sizes:
+            raise InputError(
+                f"--shape: dimension {dim} of {spec.name} is open; add --shape {spec.name}=..."
+            )
+    return tuple(dim if isinstance(dim, int) else sizes[str(dim)] for dim in spec.shape)
+
+
+def _parse_shapes(texts: Iterable[str] | None, option: str = "--shape") -> list[Shapes]:
+    """Return shape buckets: ``NAME=AxB`` in order, a name that comes again opens the next one."""
+    buckets: list[Shapes] = []
+    for name, text in _named(texts, option):
+        try:
+            shape = tuple(int(size) for size in text.split("x"))
+        except ValueError:
+            shape = ()
+        if not shape or min(shape) < 1:
+            raise typer.BadParameter(f"{option} {name}={text}: want sizes like 1x128")
+        if not buckets or name in buckets[-1]:
+            buckets.append({})
+        buckets[-1][name] = shape
+    return buckets
+
+
+def _merge(buckets: list[Shapes]) -> Shapes:
+    if len(buckets) > 1:
+        raise typer.BadParameter(f"--random names {next(iter(buckets[1]))} twice")
+    return buckets[0] if buckets else {}
+
+
+def _named(texts: Iterable[str] | None, option: str) -> list[tuple[str, str]]:
+    """Split every ``NAME=VALUE``; names may hold ``=``, values may not."""
+    pairs: list[tuple[str, str]] = []
+    for text in texts or ():
+        name, equals, value = text.rpartition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{option} {text}: want NAME=VALUE")
+        pairs.append((name, value))
+    return pairs
+
+
+def _read_array(name: str, path: Path) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{name}: {path} is not an .npy file ({error})") from error
+
+
+def _random_arrays(inputs: Sequence[Spec], shapes: Shapes) -> dict[str, Any]:
+    import numpy as np
+
+    rng, known = np.random.default_rng(0), {spec.name: spec for spec in inputs}
+    arrays: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise InputError(f"--random: no input {name!r}; the inputs are {', '.join(known)}")
+        dtype = np.dtype(known[name].dtype)
+        if dtype.kind == "b" or "mask" in name:
+            arrays[name] = np.ones(shape, dtype)
+        elif dtype.kind in "iu":
+            arrays[name] = rng.integers(0, 100, shape).astype(dtype)
+        else:
+            arrays[name] = rng.standard_normal(shape).astype(dtype)
+    return arrays
+
+
+def _summary(name: str, array: Any) -> dict[str, Any]:
+    """Return name, dtype, shape and range of an output; null where the range is not finite."""
+    import numpy as np
+
+    values: dict[str, float | None] = dict.fromkeys(("min", "mean", "max"))
+    if array.size and np.isfinite(array.astype("float64")).all():
+        wide = array.astype("float64")
+        values = {"min": float(wide.min()), "mean": float(wide.mean()), "max": float(wide.max())}
+    return {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), **values}
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0]) if rows else Table()
+    for row in rows:
+        cells = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _describe(bucket: Shapes) -> str:
+    """Return ``input_ids 1x128`` for a bucket: the first input stands for all."""
+    name, shape = next(iter(bucket.items()))
+    return f"{name} {'x'.join(map(str, shape))}"

@@ -1,0 +1,137 @@
+"""``compile``: from a source to a `CompiledModel`, the whole way on one screen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from tvmstruct import artifact, linking, pipeline
+from tvmstruct.buckets import Policy
+from tvmstruct.errors import InputError
+from tvmstruct.frontends import Source, as_source
+from tvmstruct.model import Bucket, CompiledModel
+from tvmstruct.planning import Plan
+from tvmstruct.schedules.x86 import X86Kernels
+from tvmstruct.targets import TargetSpec, check_runs_here, resolve
+
+Shapes = Mapping[str, Sequence[int]]
+PRECISIONS = ("f32",)
+
+
+def compile(
+    source: Source | tvm.IRModule,
+    target: str | dict | tvm.target.Target | TargetSpec = "host",
+    *,
+    plan: Plan | Mapping[str, Any] | str | Path | None = None,
+    precision: str = "f32",
+    skip: None = None,
+    buckets: str | Sequence[Mapping[str, int]] = "auto",
+    threads: int | None = None,
+    database: None = None,
+) -> CompiledModel:
+    """Compile a model; without a plan the result is the same function up to float rounding.
+
+    ``plan`` names layers and the forms they take. ``buckets`` is "auto" (pad a batch or a
+    length to the next of a few sizes where that provably or by probe changes nothing),
+    "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
+    first used; one small shape is compiled at once, so that errors come now and ``report()``
+    has something to say.
+
+    Raises TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
+    """
+    _check_options(precision, skip, database)
+    spec = resolve(target)
+    source = as_source(source)
+    compiler = Compiler(source, spec, _plan(plan, source))
+    model = CompiledModel(
+        source.inputs,
+        source.outputs,
+        spec,
+        Policy.of(buckets, source),
+        compiler=compiler,
+        threads=threads,
+        token_inputs=dict(source.token_inputs),
+        default_ones=source.default_ones,
+        default_zeros=source.default_zeros,
+    )
+    for shapes in model.policy.first(source):
+        model.compile_bucket(shapes)
+    return model
+
+
+def load(path: str | Path) -> CompiledModel:
+    """Load a model that ``save`` wrote; it runs the shapes that were compiled before saving.
+
+    Raises ArtifactError where the file is damaged, of another version or for another CPU.
+    """
+    from tvmstruct.saving import load_model
+
+    return load_model(path)
+
+
+class Compiler:
+    """Compiles one shape after the other; code and weights are shared between them."""
+
+    def __init__(self, source: Source, spec: TargetSpec, plan: Plan) -> None:
+        self.source = source
+        self.session = pipeline.Session(spec, X86Kernels(spec.isa), plan)
+        self.libraries: dict[str, tvm.runtime.Module] = {}
+        self._lock = threading.Lock()
+        check_runs_here(spec)
+
+    def bucket(self, shapes: Shapes) -> Bucket:
+        """Return the compiled bucket for exactly these input shapes."""
+        with self._lock:
+            lowered = pipeline.lower(self.source.at(shapes), self.session)
+            self._check_plan()
+            executable = pipeline.build(lowered.mod, self.session)
+            libraries = self._kernels(lowered)
+            for library in libraries:
+                executable.mod.import_module(library)
+            weights = [self.session.store.tensors[key] for key in lowered.weights]
+            return Bucket(executable, weights, lowered, libraries)
+
+    def _kernels(self, lowered: pipeline.Lowered) -> list[tvm.runtime.Module]:
+        """Compile the kernels that no bucket before needed, as one library."""
+        new = {s: k.func for s, k in lowered.kernels.items() if s not in self.libraries}
+        if new:
+            library = tvm.compile(tvm.IRModule(new), target=self.session.spec.target).mod
+            self.libraries |= dict.fromkeys(new, library)
+        return list({id(lib): lib for s in lowered.kernels if (lib := self.libraries[s])}.values())
+
+    def _check_plan(self) -> None:
+        planned, found = set(self.session.plan), set()
+        for key in self.session.forms:
+            found.add(key.removesuffix("^T"))
+        if missing := planned - found:
+            from tvmstruct.errors import PlanError
+
+            known = ", ".join(sorted(found)[:20])
+            raise PlanError(f"plan: no layer is called {sorted(missing)}; the layers are: {known}")
+
+
+def _plan(plan: Plan | Mapping[str, Any] | str | Path | None, source: Source) -> Plan:
+    if plan is None:
+        return Plan()
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        import json
+
+        return Plan.from_json(json.dumps(dict(plan)))
+    return Plan.from_json(plan)
+
+
+def _check_options(precision: str, skip: object, database: object) -> None:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+    for name, value in (("skip", skip), ("database", database)):
+        if value is not None:
+            raise InputError(f"{name}={value!r}: this version has no {name}; leave it None")
+
+
+__all__ = ["Compiler", "artifact", "compile", "linking", "load"]

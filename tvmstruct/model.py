@@ -1,0 +1,272 @@
+"""`CompiledModel`: what users call. Checks, picks or compiles a bucket, pads, runs, unpads."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvmstruct.arrays import as_array, to_numpy, to_tensor
+from tvmstruct.buckets import KEEP, Policy
+from tvmstruct.errors import InputError
+from tvmstruct.frontends.source import TensorSpec
+from tvmstruct.padding import Padder
+from tvmstruct.report import LayerRecord, Report
+from tvmstruct.targets import TargetSpec
+
+if TYPE_CHECKING:
+    from tvmstruct.compiler import Compiler
+    from tvmstruct.pipeline import Lowered
+
+Shapes = Mapping[str, Sequence[int]]
+Key = tuple[tuple[int, ...], ...]
+
+
+class Bucket:
+    """Compiled code for one set of input shapes; any number of threads may run it."""
+
+    def __init__(self, executable, weights, lowered: Lowered | None, libraries=()) -> None:
+        self.executable, self.weights, self.lowered = executable, weights, lowered
+        self.libraries = tuple(libraries)
+        self._idle: deque = deque()  # a virtual machine serves one call at a time
+        self._idle.append(self._machine())
+        self._last: tuple[tuple, tuple] = ((), ())
+
+    def _machine(self):
+        return relax.VirtualMachine(self.executable, tvm.cpu())["main"]
+
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run on arrays of exactly the compiled shapes and dtypes."""
+        seen, tensors = self._last
+        if len(seen) != len(arrays) or any(a is not b for a, b in zip(seen, arrays, strict=True)):
+            tensors = tuple(map(to_tensor, arrays))
+            self._last = (tuple(arrays), tensors)
+        try:
+            main = self._idle.pop()
+        except IndexError:
+            main = self._machine()
+        try:
+            out = main(*tensors, *self.weights)
+        finally:
+            self._idle.append(main)
+        if isinstance(out, tvm.runtime.Tensor):
+            return [self._own(out, tensors)]
+        return [self._own(o, tensors) for o in out]
+
+    def _own(self, out: tvm.runtime.Tensor, inputs: Sequence) -> np.ndarray:
+        """Return an output, as a copy where it is an input or a weight itself."""
+        array = to_numpy(out)
+        address = out.data_ptr()
+        shared = any(t.data_ptr() == address for t in inputs)
+        return array.copy() if shared or array.size == 0 else array
+
+
+class CompiledModel:
+    """A compiled model: call it with arrays, or ``run`` it with names."""
+
+    def __init__(
+        self,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        spec: TargetSpec,
+        policy: Policy,
+        *,
+        compiler: Compiler | None,
+        threads: int | None = None,
+        token_inputs: Mapping[str, int] | None = None,
+        default_ones: Sequence[str] = (),
+        default_zeros: Sequence[str] = (),
+        records: Sequence[LayerRecord] = (),
+    ) -> None:
+        self.inputs, self.outputs, self.spec, self.policy = inputs, outputs, spec, policy
+        self.compiler = compiler
+        self.threads = _checked_threads(threads)
+        self.token_inputs = dict(token_inputs or {})
+        self.default_ones, self.default_zeros = tuple(default_ones), tuple(default_zeros)
+        self.padder = Padder(self)
+        self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
+        self._records = {r.name: r for r in records}
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._checks = [
+            (i, s.name, self.token_inputs[s.name])
+            for i, s in enumerate(inputs)
+            if s.name in self.token_inputs
+        ]
+
+    def __call__(self, *arrays: Any, **named: Any) -> Any:
+        """Return the output, or a tuple of outputs in the source model's order."""
+        outputs = self._run(self._bind(arrays, named))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return every output by name for inputs by name."""
+        outputs = self._run(self._bind((), feeds))
+        return {spec.name: out for spec, out in zip(self.outputs, outputs, strict=True)}
+
+    def _run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        key = tuple([a.shape for a in arrays])
+        for i, name, rows in self._checks:
+            _check_ids(name, arrays[i], rows)
+        if self.threads is not None and not hasattr(self._local, "ready"):
+            self._limit_threads()
+        bucket = self.buckets.get(key)
+        if bucket is not None:
+            return bucket.run(arrays)
+        return self._run_new(key, arrays)
+
+    def _run_new(self, key: Key, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Serve a shape that is not compiled exactly: pad to a bucket, or compile."""
+        sizes = self._sizes(dict(zip([s.name for s in self.inputs], key, strict=True)))
+        bucket_sizes = self.padder.bucket(sizes, arrays)
+        if bucket_sizes == sizes:
+            return self._bucket(sizes).run(arrays)
+        padded = self.padder.pad(arrays, bucket_sizes)
+        return self.padder.unpad(self._bucket(bucket_sizes).run(padded), sizes)
+
+    def compile_bucket(self, shapes: Shapes, *, background: bool = False) -> None:
+        """Compile for these input shapes now, or in the background."""
+        sizes = self._sizes({n: tuple(s) for n, s in shapes.items()})
+        if background:
+            threading.Thread(target=self._bucket, args=(sizes,), daemon=True).start()
+        else:
+            self._bucket(sizes)
+
+    def _bucket(self, sizes: Mapping[str, int]) -> Bucket:
+        """Return the bucket for exactly these sizes, compiled if it must be."""
+        shapes = {s.name: s.shape for s in self.inputs}
+        key = tuple(
+            tuple(sizes[d] if isinstance(d, str) else d for d in shape) for shape in shapes.values()
+        )
+        with self._lock:
+            if key in self.buckets:
+                self.buckets.move_to_end(key)
+                return self.buckets[key]
+            if self.compiler is None:
+                have = ", ".join(map(str, self.buckets))
+                raise InputError(
+                    f"this saved model has no code for the input shapes {key} and no source to "
+                    f"compile them from; it was saved with: {have}. Compile that shape with "
+                    "compile_bucket() before save()"
+                )
+            bucket = self.compiler.bucket(dict(zip(shapes, key, strict=True)))
+            assert bucket.lowered is not None
+            for record in bucket.lowered.layers:
+                self._records.setdefault(record.name, record)
+            self.buckets[key] = bucket
+            while len(self.buckets) > KEEP and self.policy.kind != "fixed":
+                self.buckets.popitem(last=False)
+            return bucket
+
+    def report(self) -> Report:
+        """Return what became of every layer, and why."""
+        records = [
+            replace(r, seconds=self._seconds.get(r.name)) if r.name in self._seconds else r
+            for r in self._records.values()
+        ]
+        shapes = tuple("; ".join("x".join(map(str, s)) for s in key) for key in self.buckets)
+        return Report(tuple(records), self.spec.key, shapes, self.padder.notes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the compiled buckets and the weights to one file; see `tvmstruct.load`."""
+        from tvmstruct.saving import save_model
+
+        save_model(self, path)
+
+    def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
+        """Return one array per input in order, with dtype, rank and fixed sizes checked."""
+        if len(arrays) > len(self.inputs):
+            raise InputError(f"{len(arrays)} arrays given; {self._wanted()}")
+        known = {s.name for s in self.inputs}
+        if unknown := [n for n in named if n not in known]:
+            raise InputError(f"unknown input {', '.join(map(repr, unknown))}; {self._wanted()}")
+        bound: list[Any] = [None] * len(self.inputs)
+        for i, spec in enumerate(self.inputs):
+            value = arrays[i] if i < len(arrays) else named.get(spec.name)
+            if i < len(arrays) and spec.name in named:
+                raise InputError(f"input {spec.name!r} is given by position and by name")
+            if value is not None:
+                bound[i] = _checked(spec, value)
+        if any(b is None for b in bound):
+            self._fill(bound)
+        return bound
+
+    def _fill(self, bound: list[Any]) -> None:
+        """Give missing masks ones and missing token types zeros; refuse other gaps."""
+        sizes: dict[str, int] = {}
+        for spec, array in zip(self.inputs, bound, strict=True):
+            if array is not None:
+                sizes |= {d: n for d, n in zip(spec.shape, array.shape, strict=True) if d}
+        for i, spec in enumerate(self.inputs):
+            if bound[i] is not None:
+                continue
+            fill = 1 if spec.name in self.default_ones else 0
+            if fill == 0 and spec.name not in self.default_zeros:
+                raise InputError(f"input {spec.name!r} is missing; {self._wanted()}")
+            if any(isinstance(d, str) and d not in sizes for d in spec.shape):
+                raise InputError(f"input {spec.name!r} is missing, and nothing tells its shape")
+            shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+            bound[i] = np.full(shape, fill, spec.dtype)
+
+    def _sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the size of every symbol; all inputs must agree and fit the model's limits."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            if spec.name not in shapes:
+                raise InputError(f"no shape for input {spec.name!r}; {self._wanted()}")
+            for axis, (dim, size) in enumerate(zip(spec.shape, shapes[spec.name], strict=True)):
+                want = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                if size != want:
+                    raise InputError(
+                        f"input {spec.name!r} has shape {tuple(shapes[spec.name])}: axis {axis} "
+                        f"({dim}) is {size} but must be {want} as in the other inputs"
+                    )
+                if size < 1:
+                    raise InputError(
+                        f"input {spec.name!r} has shape {tuple(shapes[spec.name])}: axis {axis} "
+                        f"({dim}) is empty; give at least one element"
+                    )
+        self.policy.check(sizes)
+        return sizes
+
+    def _wanted(self) -> str:
+        parts = (f"{s.name}: {s.dtype}{list(s.shape)}" for s in self.inputs)
+        return f"the model takes {', '.join(parts)}"
+
+    def _limit_threads(self) -> None:
+        tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
+        self._local.ready = True
+
+
+def _checked(spec: TensorSpec, value: Any) -> np.ndarray:
+    array = as_array(spec.name, value, spec.dtype)
+    if array.ndim != len(spec.shape):
+        raise InputError(
+            f"input {spec.name!r} has rank {array.ndim} (shape {array.shape}); "
+            f"the model takes rank {len(spec.shape)} {list(spec.shape)}"
+        )
+    return array
+
+
+def _check_ids(name: str, ids: np.ndarray, rows: int) -> None:
+    """Raise where an id would read outside its table, which compiled code does not check."""
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        bad = np.argwhere((ids < 0) | (ids >= rows))[0]
+        raise InputError(
+            f"input {name!r}{bad.tolist()} is {ids[tuple(bad)]}; ids must be 0 to {rows - 1}: "
+            "is the tokenizer that of this model?"
+        )
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads={threads!r}; want a positive number, or None for all cores")
+    return threads
