@@ -8,7 +8,7 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Attention, Layer, LayerNorm, LayerTable, Node, arguments
+from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, LayerTable, Node, arguments
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.dense import pack
@@ -45,18 +45,35 @@ class EmitKernels:
         if isinstance(node.op, ops.Dense):
             n_in, n_out = node.op.w.shape
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
-            width, w = self.kernels.panel_width, node.op.w
-            weights = [self.store.tensor(f"{node.key}#packed{width}", lambda: pack(w, width))]
-        else:
-            program = self.store.program(node.key, node.op, self.kernels.lanes)
-            kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
-            weights = [
-                self.store.tensor(f"{node.key}#stage{i}", lambda w=w: w)
-                for i, w in enumerate(program.weights)
-            ]
-        if node.bias is not None:
-            weights.append(self.store.small("bias", np.asarray(node.bias, np.float32)))
-        return kernel, [x, *map(relax.const, weights), *residual]
+            return kernel, [x, *self._packed(node), *residual]
+        program = self.store.program(node.key, node.op, self.kernels.lanes)
+        kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
+        weights = [
+            self.store.tensor(f"{node.key}#stage{i}", lambda w=w: w)
+            for i, w in enumerate(program.weights)
+        ]
+        return kernel, [x, *map(relax.const, weights), *self._bias(node), *residual]
+
+    @_kernel.register
+    def _(self, node: FeedForward, args, shape):
+        x, *residual = args
+        up, down = node.up, node.down
+        sizes = (up.op.n_in, up.op.n_out, down.op.n_out)
+        flags = (up.bias is not None, down.bias is not None, down.residual)
+        kernel = self.kernels.feed_forward(sizes, up.activation, flags, shape[0])
+        return kernel, [x, *self._packed(up), *self._packed(down), *residual]
+
+    def _packed(self, layer: Layer) -> list[relax.Expr]:
+        """Return the packed weight of a dense layer and its bias."""
+        assert isinstance(layer.op, ops.Dense)
+        width, w = self.kernels.panel_width, layer.op.w
+        tensor = self.store.tensor(f"{layer.key}#packed{width}", lambda: pack(w, width))
+        return [relax.const(tensor), *self._bias(layer)]
+
+    def _bias(self, layer: Layer) -> list[relax.Expr]:
+        if layer.bias is None:
+            return []
+        return [relax.const(self.store.small("bias", np.asarray(layer.bias, np.float32)))]
 
     @_kernel.register
     def _(self, node: Attention, args, shape):

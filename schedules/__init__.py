@@ -25,6 +25,20 @@ class Kernels(Protocol):
         """Return a structured operator."""
         ...
 
+    def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:
+        """Return whether (k, hidden, n) in one kernel is legal and pays for so many rows."""
+        ...
+
+    def feed_forward(
+        self,
+        sizes: tuple[int, int, int],
+        activation: str,
+        flags: tuple[bool, bool, bool],
+        rows: int,
+    ) -> Kernel:
+        """Return two dense layers in one; flags: first bias, second bias, residual."""
+        ...
+
     def attention(self, node, rows: int) -> Kernel:
         """Return fused attention."""
         ...

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import tvm
-import tvm_ffi
 
 from tvmstruct.errors import InputError
 
@@ -57,22 +56,9 @@ def _import(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def to_tensor(array: np.ndarray) -> tvm.runtime.Tensor:
-    """Return a tensor on the array's memory where that is aligned, else on an aligned copy."""
-    flags = array.flags
-    if not (
-        flags.c_contiguous
-        and flags.writeable  # numpy exports no read-only memory
-        and array.__array_interface__["data"][0] % ALIGNMENT == 0
-    ):
-        copy = aligned_empty(array.shape, array.dtype)
-        np.copyto(copy, array)
-        array = copy
-    return tvm_ffi.from_dlpack(array)
-
-
 def to_numpy(tensor: tvm.runtime.Tensor) -> np.ndarray:
-    """Return a view of a tensor; bfloat16, which numpy lacks, comes as float32."""
-    if str(tensor.dtype) == "bfloat16":
+    """Return a view of a tensor; bfloat16, which numpy lacks, comes as a float32 copy."""
+    try:
+        return np.from_dlpack(tensor)
+    except (BufferError, RuntimeError):
         return tensor.numpy().astype(np.float32)
-    return np.from_dlpack(tensor)

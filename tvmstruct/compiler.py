@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import tvm
 
-from tvmstruct import artifact, linking, pipeline
+from tvmstruct import pipeline
 from tvmstruct.buckets import Policy
-from tvmstruct.errors import InputError
+from tvmstruct.errors import InputError, PlanError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.model import Bucket, CompiledModel
 from tvmstruct.planning import Plan
@@ -78,7 +79,7 @@ class Compiler:
 
     def __init__(self, source: Source, spec: TargetSpec, plan: Plan) -> None:
         self.source = source
-        self.session = pipeline.Session(spec, X86Kernels(spec.isa), plan)
+        self.session = pipeline.Session(spec, X86Kernels(spec.isa, spec.threads), plan)
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
         check_runs_here(spec)
@@ -93,7 +94,15 @@ class Compiler:
             for library in libraries:
                 executable.mod.import_module(library)
             weights = [self.session.store.tensors[key] for key in lowered.weights]
-            return Bucket(executable, weights, lowered, libraries)
+            inputs = self.source.inputs
+            return Bucket(
+                executable,
+                weights,
+                tuple(tuple(shapes[s.name]) for s in inputs),
+                [s.dtype for s in inputs],
+                lowered=lowered,
+                libraries=libraries,
+            )
 
     def _kernels(self, lowered: pipeline.Lowered) -> list[tvm.runtime.Module]:
         """Compile the kernels that no bucket before needed, as one library."""
@@ -108,8 +117,6 @@ class Compiler:
         for key in self.session.forms:
             found.add(key.removesuffix("^T"))
         if missing := planned - found:
-            from tvmstruct.errors import PlanError
-
             known = ", ".join(sorted(found)[:20])
             raise PlanError(f"plan: no layer is called {sorted(missing)}; the layers are: {known}")
 
@@ -120,8 +127,6 @@ def _plan(plan: Plan | Mapping[str, Any] | str | Path | None, source: Source) ->
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Mapping):
-        import json
-
         return Plan.from_json(json.dumps(dict(plan)))
     return Plan.from_json(plan)
 
@@ -132,6 +137,3 @@ def _check_options(precision: str, skip: object, database: object) -> None:
     for name, value in (("skip", skip), ("database", database)):
         if value is not None:
             raise InputError(f"{name}={value!r}: this version has no {name}; leave it None")
-
-
-__all__ = ["Compiler", "artifact", "compile", "linking", "load"]

@@ -8,7 +8,7 @@ bias, its activation. `emit` turns the call into a kernel at the end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from tvm import relax
@@ -39,6 +39,17 @@ class Layer:
     def epilogue(self) -> Epilogue:
         """What the kernel does after the product."""
         return Epilogue(self.bias is not None, self.activation, self.residual)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Two dense layers with the activation between them, computed in chunks that stay in cache.
+
+    Arguments are x and, where ``down.residual``, the residual.
+    """
+
+    up: Layer
+    down: Layer
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Form:
     reason: str = ""
 
 
-Node = Layer | Attention | LayerNorm
+Node = Layer | FeedForward | Attention | LayerNorm
 
 
 class LayerTable:
@@ -108,8 +119,3 @@ class LayerTable:
 def arguments(call: relax.Call) -> list[relax.Expr]:
     """Return the tensor arguments of a layer call."""
     return list(call.args[1].fields)
-
-
-def with_residual(layer: Layer) -> Layer:
-    """Return the layer with one more argument, added after the activation."""
-    return replace(layer, residual=True)

@@ -6,14 +6,16 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
 from tvm import relax
+from tvm_ffi import from_dlpack
 
-from tvmstruct.arrays import as_array, to_numpy, to_tensor
+from tvmstruct.arrays import ALIGNMENT, aligned_empty, as_array, to_numpy
 from tvmstruct.buckets import KEEP, Policy
 from tvmstruct.errors import InputError
 from tvmstruct.frontends.source import TensorSpec
@@ -22,6 +24,7 @@ from tvmstruct.report import LayerRecord, Report
 from tvmstruct.targets import TargetSpec
 
 if TYPE_CHECKING:
+    from tvmstruct.artifact import Artifact
     from tvmstruct.compiler import Compiler
     from tvmstruct.pipeline import Lowered
 
@@ -29,43 +32,75 @@ Shapes = Mapping[str, Sequence[int]]
 Key = tuple[tuple[int, ...], ...]
 
 
+class Runner:
+    """One virtual machine with aligned memory of its own for inputs that lie badly."""
+
+    def __init__(self, executable, shapes: Key, dtypes: Sequence[str]) -> None:
+        self.main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+        self.staging = [aligned_empty(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+        self.staged = [from_dlpack(array) for array in self.staging]
+
+    def tensor(self, i: int, array: np.ndarray) -> tuple[Any, bool]:
+        """Return input i as a tensor, and whether it is the array's own memory."""
+        flags = array.flags
+        if flags.c_contiguous and flags.writeable:  # numpy exports no read-only memory
+            tensor = from_dlpack(array)
+            if tensor.data_ptr() % ALIGNMENT == 0:
+                return tensor, True
+        np.copyto(self.staging[i], array)
+        return self.staged[i], False
+
+
 class Bucket:
     """Compiled code for one set of input shapes; any number of threads may run it."""
 
-    def __init__(self, executable, weights, lowered: Lowered | None, libraries=()) -> None:
-        self.executable, self.weights, self.lowered = executable, weights, lowered
-        self.libraries = tuple(libraries)
-        self._idle: deque = deque()  # a virtual machine serves one call at a time
-        self._idle.append(self._machine())
-        self._last: tuple[tuple, tuple] = ((), ())
-
-    def _machine(self):
-        return relax.VirtualMachine(self.executable, tvm.cpu())["main"]
+    def __init__(
+        self,
+        executable,
+        weights: Sequence,
+        shapes: Key,
+        dtypes: Sequence[str],
+        *,
+        lowered: Lowered | None = None,
+        libraries: Sequence = (),
+    ) -> None:
+        self.executable, self.weights, self.lowered = executable, tuple(weights), lowered
+        self.shapes, self.dtypes, self.libraries = shapes, dtypes, tuple(libraries)
+        self._idle: deque[Runner] = deque()  # a virtual machine serves one call at a time
+        self._copied: frozenset[int] | None = None
+        self.last: tuple[tuple, tuple] = ((), ())  # arrays that needed no copy, their tensors
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run on arrays of exactly the compiled shapes and dtypes."""
-        seen, tensors = self._last
-        if len(seen) != len(arrays) or any(a is not b for a, b in zip(seen, arrays, strict=True)):
-            tensors = tuple(map(to_tensor, arrays))
-            self._last = (tuple(arrays), tensors)
         try:
-            main = self._idle.pop()
+            runner = self._idle.pop()
         except IndexError:
-            main = self._machine()
+            runner = Runner(self.executable, self.shapes, self.dtypes)
         try:
-            out = main(*tensors, *self.weights)
+            seen, tensors = self.last
+            if len(seen) != len(arrays) or not all(map(is_, seen, arrays)):
+                pairs = [runner.tensor(i, a) for i, a in enumerate(arrays)]
+                tensors = tuple([t for t, _ in pairs])
+                if all([own for _, own in pairs]):
+                    self.last = (tuple(arrays), tensors)
+            out = runner.main(*tensors, *self.weights)
+            return self._collect(out, tensors)
         finally:
-            self._idle.append(main)
-        if isinstance(out, tvm.runtime.Tensor):
-            return [self._own(out, tensors)]
-        return [self._own(o, tensors) for o in out]
+            self._idle.append(runner)
 
-    def _own(self, out: tvm.runtime.Tensor, inputs: Sequence) -> np.ndarray:
-        """Return an output, as a copy where it is an input or a weight itself."""
-        array = to_numpy(out)
-        address = out.data_ptr()
-        shared = any(t.data_ptr() == address for t in inputs)
-        return array.copy() if shared or array.size == 0 else array
+    def _collect(self, out: Any, tensors: tuple) -> list[np.ndarray]:
+        """Return outputs as views of their memory, copied where that is an input or a weight."""
+        outputs = [out] if isinstance(out, tvm.runtime.Tensor) else list(out)
+        if self._copied is None:
+            given = {t.data_ptr() for t in (*tensors, *self.weights)}
+            self._copied = frozenset(
+                i for i, o in enumerate(outputs) if o.data_ptr() in given or o.numel() == 0
+            )
+        if not self._copied:
+            return list(map(to_numpy, outputs))
+        return [
+            to_numpy(o).copy() if i in self._copied else to_numpy(o) for i, o in enumerate(outputs)
+        ]
 
 
 class CompiledModel:
@@ -84,12 +119,15 @@ class CompiledModel:
         default_ones: Sequence[str] = (),
         default_zeros: Sequence[str] = (),
         records: Sequence[LayerRecord] = (),
+        saved: Artifact | None = None,
     ) -> None:
         self.inputs, self.outputs, self.spec, self.policy = inputs, outputs, spec, policy
-        self.compiler = compiler
+        self.compiler, self.saved = compiler, saved
         self.threads = _checked_threads(threads)
         self.token_inputs = dict(token_inputs or {})
         self.default_ones, self.default_zeros = tuple(default_ones), tuple(default_zeros)
+        self._dtypes = [np.dtype(s.dtype) for s in inputs]
+        self._ranks = [len(s.shape) for s in inputs]
         self.padder = Padder(self)
         self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
         self._records = {r.name: r for r in records}
@@ -182,7 +220,13 @@ class CompiledModel:
         save_model(self, path)
 
     def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
-        """Return one array per input in order, with dtype, rank and fixed sizes checked."""
+        """Return one array per input in order, with name, dtype and rank checked."""
+        if not named and len(arrays) == len(self._ranks):
+            for a, dtype, rank in zip(arrays, self._dtypes, self._ranks, strict=True):
+                if type(a) is not np.ndarray or a.dtype is not dtype or a.ndim != rank:
+                    break
+            else:
+                return list(arrays)
         if len(arrays) > len(self.inputs):
             raise InputError(f"{len(arrays)} arrays given; {self._wanted()}")
         known = {s.name for s in self.inputs}

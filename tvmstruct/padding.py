@@ -49,7 +49,7 @@ class Padder:
         """Return what is known without a probe to forbid padding."""
         model = self.model
         if model.compiler is None:
-            return "" if symbol in getattr(model, "paddable", ()) else "not probed before saving"
+            return "it was not probed before saving"
         if any(None in (spec.shape or (None,)) for spec in model.outputs):
             return "an output's shape is not known from the input's"
         batch = all(d != symbol for s in model.inputs for d in s.shape[1:])

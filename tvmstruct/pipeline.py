@@ -11,9 +11,10 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
 
 from tvmstruct import compat
 from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
-from tvmstruct.layers import Form, Layer, LayerTable
+from tvmstruct.layers import Form, LayerTable
 from tvmstruct.passes.apply_plan import ApplyPlan
 from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
+from tvmstruct.passes.clip_gathers import ClipGathers
 from tvmstruct.passes.emit_kernels import EmitKernels
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
@@ -22,9 +23,11 @@ from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
+from tvmstruct.passes.split_feed_forward import SplitFeedForward
 from tvmstruct.planning import Plan
+from tvmstruct.records import fused_records, layer_records, refused_records
 from tvmstruct.report import LayerRecord
-from tvmstruct.rewrite import Graph, Log, Rule, apply_rule
+from tvmstruct.rewrite import Log, Rule, apply_rule
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.registry import KERNEL, Kernel
 from tvmstruct.targets import TargetSpec
@@ -61,26 +64,28 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     table, log = LayerTable(), Log()
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
-    records = list(_records(mod, table, session, names, log))
-    for rule in _fuse(table):
+    layers = layer_records(mod, table, session.forms, names)
+    for rule in _fuse(table, session):
         mod = apply_rule(mod, rule, log)
+    layers += [*fused_records(mod, table), *refused_records(log)]
     emit = EmitKernels(table, session.kernels, session.store)
     lift = LiftConstants(session.store)
     for rule in (emit, lift):
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
-    return Lowered(mod, dict(emit.used), lift.names, records)
+    return Lowered(mod, dict(emit.used), lift.names, layers)
 
 
 def _find_layers(table: LayerTable, names, stored, session: Session) -> Iterator[Rule]:
+    yield ClipGathers()
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
     yield ApplyPlan(table, session.forms, session.plan)
     yield RecoverStructure(table, session.forms, stored)
 
 
-def _fuse(table: LayerTable) -> Iterator[Rule]:
+def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     for _ in range(STEPS):
         yield FuseEpilogue(table)
     yield FuseAttention(table)
@@ -89,6 +94,7 @@ def _fuse(table: LayerTable) -> Iterator[Rule]:
     yield MergeSharedInput(table)
     yield FuseLayerNorm(table)
     yield SimplifyLayout()
+    yield SplitFeedForward(table, session.kernels)
 
 
 def _legalize(mod: tvm.IRModule, session: Session) -> tvm.IRModule:
@@ -120,36 +126,3 @@ def build(mod: tvm.IRModule, session: Session):
 
 def _attr(mod: tvm.IRModule, key: str) -> dict:
     return dict(mod.attrs[key]) if mod.attrs and key in mod.attrs else {}
-
-
-def _records(mod, table: LayerTable, session: Session, names, log: Log) -> Iterator[LayerRecord]:
-    """Yield one record per layer, in the order of the graph."""
-    graph, tables, seen = Graph(mod["main"]), 0, set()
-    for value in graph.bound.values():
-        if (layer := table.layer(value)) is not None and layer.key not in seen:
-            seen.add(layer.key)
-            yield _layer_record(layer, session)
-        elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
-            name = names.get(compat.address(compat.constant_tensor(value.args[0])))
-            if name is not None and name not in seen:
-                seen.add(name)
-                yield _table_record(name, value.args[0])
-    for rule, name, why in log.rejected:
-        if rule == CanonicalizeDense.name:
-            yield LayerRecord(name, (), "not a layer", reason=why)
-    del tables
-
-
-def _layer_record(layer: Layer, session: Session) -> LayerRecord:
-    form = session.forms[layer.key]
-    op = form.op
-    return LayerRecord(
-        layer.names[0], (op.n_in, op.n_out), form.form, dict(form.parameters), op.params,
-        op.macs, 4 * op.params, None, form.error, form.reason,
-    )  # fmt: skip
-
-
-def _table_record(name: str, constant) -> LayerRecord:
-    shape = compat.static_shape(constant) or ()
-    size = compat.constant_array(constant).size
-    return LayerRecord(name, shape, "table", {}, size, 0, 4 * size, reason="rows are gathered")

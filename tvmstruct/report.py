@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 
 COLUMNS = ("layer", "shape", "form", "params", "macs", "bytes", "time", "error", "reason")
 
+SHOWN = 60  # characters of a reason in the terminal; JSON, HTML and ``layers`` have all of it
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -62,11 +64,13 @@ class Report:
     def _table(self):
         from rich.table import Table
 
-        table = Table(title=f"{len(self.layers)} layers, {self.params:,} parameters, {self.target}")
+        target = self.target.split(":+", maxsplit=1)[0]
+        table = Table(title=f"{len(self.layers)} layers, {self.params:,} parameters, {target}")
         for column in COLUMNS:
             table.add_column(column, overflow="fold")
         for layer in self.layers:
-            table.add_row(*_cells(layer))
+            *cells, reason = _cells(layer)
+            table.add_row(*cells, reason if len(reason) <= SHOWN else f"{reason[:SHOWN]}...")
         table.caption = "; ".join([f"buckets: {', '.join(self.buckets) or 'none'}", *self.notes])
         return table
 

@@ -6,6 +6,7 @@ from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.x86 import feed_forward
 from tvmstruct.schedules.x86.attention import attention
 from tvmstruct.schedules.x86.chain import chain
 from tvmstruct.schedules.x86.generic import schedule_generic
@@ -18,8 +19,8 @@ from tvmstruct.targets import Isa
 class X86Kernels:
     """The kernels of one x86 instruction set."""
 
-    def __init__(self, isa: Isa) -> None:
-        self.isa = isa
+    def __init__(self, isa: Isa, threads: int = 1) -> None:
+        self.isa, self.threads = isa, threads
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
 
@@ -30,6 +31,22 @@ class X86Kernels:
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""
         return chain(self.isa, program, epilogue, rows, macs)
+
+    def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:
+        """Return whether (k, hidden, n) in one kernel is legal and pays for so many rows."""
+        _, hidden, n = sizes
+        return feed_forward.pays(self.isa, n, hidden, rows, self.threads)
+
+    def feed_forward(
+        self,
+        sizes: tuple[int, int, int],
+        activation: str,
+        flags: tuple[bool, bool, bool],
+        rows: int,
+    ) -> Kernel:
+        """Return two dense layers in one; flags: first bias, second bias, residual."""
+        block = feed_forward.block_rows(rows, self.threads)
+        return feed_forward.feed_forward(self.isa, sizes, activation, flags, block)
 
     def attention(self, node, rows: int) -> Kernel:
         """Return fused attention for an `Attention` node; rows are its output rows."""

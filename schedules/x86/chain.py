@@ -2,7 +2,7 @@
 
 Each tile of rows passes through all stages of a `Program` before the next tile starts, so the
 features between two factors never leave the first-level cache. Every matrix product is a
-register tile: accumulators in buffers under 1024 bytes, indexed by constants.
+register tile.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from itertools import product
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, row_segments
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, SERIAL_MACS
+from tvmstruct.schedules.x86.register_tile import ACCUMULATORS, accumulate
 from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero
 from tvmstruct.targets import Isa
-
-ACCUMULATORS = 8  # independent sums that hide the latency of an FMA
-MAX_WORKSPACE = 1 << 16  # bytes of scratch for one row tile; larger programs take fewer rows
 
 
 def chain(isa: Isa, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
@@ -121,7 +119,7 @@ class _Tile:
                     left = T.broadcast(self.load(s.src, row, at), s.lanes)
                     add(line, v, left, self._weight(s.weight, w + v * s.lanes, s.lanes))
 
-            sums = self._accumulate(s, len(lines), s.tile, step)
+            sums = accumulate(self.isa, s.lanes, (len(lines), s.tile), s.p, step)
             for (line, (row, g)), v in product(enumerate(lines), range(s.tile)):
                 at = (group * some + g) * s.dst_group + chunk * width + v * s.lanes
                 self._put(s, row, at, sums[v][line])
@@ -138,40 +136,10 @@ class _Tile:
                     left = self.load(s.src, row, at, s.lanes)
                     add(row, v, left, self._weight(s.weight, w + v * s.lanes, s.lanes))
 
-            sums = self._accumulate(s, self.height, s.tile, step)
+            sums = accumulate(self.isa, s.lanes, (self.height, s.tile), s.p, step)
             for row, v in product(range(self.height), range(s.tile)):
                 at = (chunk * s.tile + v) * s.dst_q + lane * s.lanes
                 self._put(s, row, at, sums[v][row])
-
-    def _accumulate(self, s: MatMul, lines: int, tile: int, step) -> list[list]:
-        """Run ``step`` over p with ``lines * tile`` sums in registers, and return the sums."""
-        parts = next((n for n in (4, 2) if lines * tile * n <= ACCUMULATORS and s.p % n == 0), 1)
-        lanes = s.lanes
-        totals = [
-            [T.alloc_buffer((lines * lanes,), "float32", scope="global") for _ in range(tile)]
-            for _ in range(parts)
-        ]
-        for part, v, line in product(range(parts), range(tile), range(lines)):
-            zero = T.broadcast(T.float32(0), lanes)
-            T.buffer_store(totals[part][v], zero, [T.ramp(line * lanes, 1, lanes)])
-        with loops(s.p // parts) as (p,):
-            for part in range(parts):
-
-                def add(line, v, left, right, part=part) -> None:
-                    total, place = totals[part][v], T.ramp(line * lanes, 1, lanes)
-                    value = fma(left, right, total[place], lanes, self.isa.fma)
-                    T.buffer_store(total, value, [place])
-
-                step(p * parts + part, add)
-
-        def result(v: int, line: int):
-            place = T.ramp(line * lanes, 1, lanes)
-            value = totals[0][v][place]
-            for part in range(1, parts):
-                value = value + totals[part][v][place]
-            return value
-
-        return [[result(v, line) for line in range(lines)] for v in range(tile)]
 
     def _weight(self, weight: int, index, lanes: int):
         return self.weights[weight][T.ramp(index, 1, lanes)]

@@ -51,7 +51,8 @@ def schedule_generic(func: PrimFunc, isa: Isa) -> PrimFunc:
         sch = Schedule(func)
         names = _leaves(sch)
     except FAILURES as error:
-        notes.append(f"not schedulable: {_first_line(error)}")
+        notes.append(f"kept as written: {_reason(error)}")
+        scheduled = _serial_if_small(func)
     else:
         for name in names:
             sch = _attempt(sch, name, isa, [_inline], notes)
@@ -59,7 +60,7 @@ def schedule_generic(func: PrimFunc, isa: Isa) -> PrimFunc:
             if name in _leaves(sch):  # an epilogue may have moved into the block before it
                 sch = _attempt(sch, name, isa, _steps(sch, name, isa), notes)
         scheduled = sch.mod[sch.mod.get_global_vars()[0]]
-    scheduled = vector_math.replace_math(_replace_powers(scheduled))
+    scheduled = vector_math.replace_math(_replace_calls(scheduled))
     if notes:
         scheduled = scheduled.with_attr(NOTE, "; ".join(notes))
     return scheduled.with_attr("tirx.is_scheduled", True).with_attr(KERNEL, "generic")
@@ -153,7 +154,7 @@ def _attempt(sch: Schedule, name: str, isa: Isa, steps: list[Step], notes: list[
         except _NotApplicable:
             continue
         except FAILURES as error:
-            notes.append(f"{name}: {step.__name__.strip('_')}: {_first_line(error)}")
+            notes.append(f"{name}: {step.__name__.strip('_')}: {_reason(error)}")
             continue
         return trial
     return sch
@@ -181,11 +182,13 @@ def _inline(sch: Schedule, block: _Block, isa: Isa) -> None:
 def _steps(sch: Schedule, name: str, isa: Isa) -> list[Step]:
     """Return what to try for a block, best first."""
     block = _examine(sch, name)
+    if not sch.get_loops(name):
+        return []
     if not block.is_reduction:
         return [_vector_map, _plain_map]
     if _reads_along_reduction(block):
         return [_vector_reduction, _plain_reduction]
-    return [_register_tile, _plain_reduction]
+    return [_register_tile, _stream_tile, _plain_reduction]
 
 
 def _vector_map(sch: Schedule, block: _Block, isa: Isa) -> None:
@@ -213,8 +216,10 @@ def _plain_map(sch: Schedule, block: _Block, isa: Isa) -> None:
 def _vector_reduction(sch: Schedule, block: _Block, isa: Isa) -> None:
     """Reduce along contiguous memory: vectors of partial results, combined at the end."""
     spatial, reduce = _split_loops(sch, block)
-    extent = _extent(sch, reduce[-1])
-    lanes = _vector_lanes(extent, isa.lanes, widest=4)
+    extent = _extent(sch, reduce[-1]) or 1
+    # Adding up the lanes takes as long as adding up the vectors when there are equally many.
+    widest = 4 if extent >= (4 * isa.lanes) ** 2 else 2 if extent >= (2 * isa.lanes) ** 2 else 1
+    lanes = _vector_lanes(extent, isa.lanes, widest)
     if not block.vectorizable or lanes < min(4, isa.lanes) or lanes == extent:
         raise _NotApplicable
     _, vector = sch.split(reduce[-1], [None, lanes])
@@ -239,9 +244,9 @@ def _register_tile(sch: Schedule, block: _Block, isa: Isa) -> None:
     if not wide or not block.vectorizable or len(block.stmt.writes) > 1:
         raise _NotApplicable
     column, row = wide[-1], wide[-2] if len(wide) > 1 else None
-    size = _extent(sch, column)
+    size = _extent(sch, column) or 1
     lanes = _vector_lanes(size, isa.lanes)
-    if lanes < min(4, isa.lanes):
+    if 2 * lanes < isa.lanes:
         raise _NotApplicable
     vectors = next(n for n in (2, 1) if size % (n * lanes) == 0 and n * lanes <= 2 * isa.lanes)
     store = sch.cache_write(block.name, 0, "global")
@@ -265,6 +270,34 @@ def _register_tile(sch: Schedule, block: _Block, isa: Isa) -> None:
         sch.vectorize(vector)
     _parallel(sch, [tile], block)
     sch.decompose_reduction(block.name, reduce[0])
+
+
+def _stream_tile(sch: Schedule, block: _Block, isa: Isa) -> None:
+    """Add four terms to four rows at a time, for columns that no vector length divides.
+
+    LLVM vectorises the loop over columns, tail included; sixteen products for each load and
+    store of a result reach most of the peak.
+    """
+    spatial, reduce = _split_loops(sch, block)
+    wide = [loop for loop in spatial if (_extent(sch, loop) or 2) > 1]
+    depth = next((x for x in reversed(reduce) if (_extent(sch, x) or 1) % 4 == 0), reduce[-1])
+    if not wide or len(block.stmt.writes) > 1 or block.calls & CONTROL:
+        raise _NotApplicable
+    column, row = wide[-1], wide[-2] if len(wide) > 1 else None
+    terms = next(n for n in (4, 5, 3, 2, 1) if (_extent(sch, depth) or 1) % n == 0)
+    outer = [loop for loop in spatial if loop not in (column, row)]
+    unrolled = []
+    if row is not None:
+        few = next(n for n in (4, 3, 2, 1) if (_extent(sch, row) or 1) % n == 0)
+        row, within = sch.split(row, [None, few])
+        outer, unrolled = [*outer, row], [within]
+    blocks, within = sch.split(depth, [None, terms])
+    order = [loop for loop in reduce if loop is not depth] + [blocks]
+    sch.reorder(*outer, *order, column, within, *unrolled)
+    for loop in [within, *unrolled]:
+        sch.unroll(loop)
+    _parallel(sch, outer, block)
+    sch.decompose_reduction(block.name, order[0])
 
 
 def _plain_reduction(sch: Schedule, block: _Block, isa: Isa) -> None:
@@ -345,26 +378,46 @@ def _tile_rows(extent: int | None, width: int, isa: Isa) -> int:
 
 
 def _vector_lanes(extent: int | None, lanes: int, widest: int = 1) -> int:
-    """Return a vector length that divides ``extent``: powers of two first, 1 if there is none."""
+    """Return a vector length that divides ``extent``, whole vectors first; 1 if there is none."""
     if extent is None:
         return 1
-    powers = [lanes * n for n in (4, 2, 1) if n <= widest] + [lanes // 2, lanes // 4]
+    whole = [lanes * n for n in (4, 2, 1) if n <= widest]
+    fours = range(2 * lanes - 4, lanes // 2 - 1, -4)
     others = range(2 * lanes - 1, 3, -1)
-    return next((n for n in (*powers, *others) if n >= 4 and extent % n == 0), 1)
+    return next((n for n in (*whole, *fours, *others) if n >= 4 and extent % n == 0), 1)
 
 
-def _replace_powers(func: PrimFunc) -> PrimFunc:
-    """Write powers with small constant exponents as products and square roots."""
+def _serial_if_small(func: PrimFunc) -> PrimFunc:
+    """Return ``func`` without the parallel loops that TVM's scan and sort kernels always have."""
+    sizes = [map(_constant, getattr(buffer, "shape", ())) for buffer in func.params]
+    if max((prod(n or PARALLEL_WORK for n in size) for size in sizes), default=0) >= PARALLEL_WORK:
+        return func
+
+    def replace(loop: tirx.For) -> tirx.For:
+        if loop.kind != tirx.ForKind.PARALLEL:
+            return loop
+        kind = tirx.ForKind.SERIAL
+        return tirx.For(loop.loop_var, loop.min, loop.extent, kind, loop.body)
+
+    return tvm_ffi.structural_map(func, (tirx.For, replace), order="post")
+
+
+def _replace_calls(func: PrimFunc) -> PrimFunc:
+    """Write small constant powers as products, and math on float16 as math on float32."""
 
     def replace(call: Call) -> Expr:
-        if getattr(call.op, "name", "") != "tirx.pow":
-            return call
-        base, exponent = call.args
-        build = POWERS.get(float(getattr(exponent, "value", "nan")))
-        if build is None:
-            return call
-        steps = vector_math.Steps()
-        return steps.close(build(steps.bind(base)))
+        name = getattr(call.op, "name", "")
+        if name == "tirx.pow":
+            build = POWERS.get(float(getattr(call.args[1], "value", "nan")))
+            if build is None:
+                return call
+            steps = vector_math.Steps()
+            return steps.close(build(steps.bind(call.args[0])))
+        if name in vector_math.REPLACEMENTS and str(call.ty.dtype).startswith("float16"):
+            dtype = str(call.ty.dtype)
+            wide = tirx.Cast(dtype.replace("16", "32", 1), call.args[0])
+            return tirx.Cast(dtype, vector_math.REPLACEMENTS[name](wide))
+        return call
 
     return tvm_ffi.structural_map(func, (Call, replace), order="post")
 
@@ -392,7 +445,7 @@ def _or_one(extent: int | None) -> int:
     return 1 if extent is None else extent
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of TVM's text that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith("Traceback")), "no text")
+def _reason(error: Exception) -> str:
+    """Return the line of TVM's text that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
+    return next((line for line in lines if line.startswith("Error message:")), lines[0])

@@ -42,7 +42,7 @@ def empty(shape):
 
 
 @every_isa
-@pytest.mark.parametrize("n", [1, 7, 16, 20, 100, 384, 1023])
+@pytest.mark.parametrize("n", [1, 7, 20, 384, 1023])
 def test_matches_reference(isa, n):
     rng = np.random.default_rng(n)
     lib = build(isa, layer_norm(isa, n=n, epsilon=1e-5))
@@ -56,7 +56,7 @@ def test_matches_reference(isa, n):
 
 
 @every_isa
-@pytest.mark.parametrize("residuals", [1, 2, 3])
+@pytest.mark.parametrize("residuals", [1, 3])
 @pytest.mark.parametrize("keep_sum", [False, True])
 def test_residuals(isa, residuals, keep_sum):
     rng = np.random.default_rng(residuals)

@@ -1,0 +1,162 @@
+"""Feed-forward splitting on x86: a chunk of the hidden features through both matrices at once.
+
+``y = residual + act(x @ w1 + b1) @ w2 + b2`` (NLP-Fast, "feed-forward splitting"). One thread
+takes a block of rows; for that block a chunk of hidden features is computed, activated and
+multiplied into y while it is in cache, so the hidden layer never exists in memory. Both weights
+are packed panels, and each streams once for a block of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
+from tvmstruct.schedules.compute.dense import ACTIVATIONS, row_segments
+from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86.packed_dense import HEIGHTS, VECTORS, panel_width
+from tvmstruct.schedules.x86.register_tile import accumulate
+from tvmstruct.targets import Isa
+
+BLOCK = 64  # rows of a block: enough to reuse a streamed panel, few enough for the cache
+HIDDEN = 256  # hidden features of a chunk: y is read and written once per chunk
+MANY_ROWS = 512  # below, the hidden rows stay in cache anyway and separate kernels tie
+
+
+def block_rows(rows: int, threads: int) -> int:
+    """Return rows per block such that all threads get equally many blocks."""
+    blocks = threads * -(-rows // (BLOCK * threads))
+    return -(-rows // (blocks * 8)) * 8
+
+
+def pays(isa: Isa, n: int, hidden: int, rows: int, threads: int) -> bool:
+    """Return whether the split form is legal and the faster one for ``rows`` rows."""
+    width = panel_width(isa)
+    return n % width == 0 and hidden % width == 0 and rows >= max(MANY_ROWS, BLOCK * threads)
+
+
+def feed_forward(
+    isa: Isa,
+    sizes: tuple[int, int, int],
+    activation: str,
+    flags: tuple[bool, bool, bool],
+    block: int,
+) -> Kernel:
+    """Return the kernel: x, w1, [b1], w2, [b2], [residual], y; ``flags`` say which are there.
+
+    ``sizes`` is (k, hidden, n).
+    """
+    key = (isa.name, *sizes, activation, flags, block)
+    k, hidden, n = sizes
+
+    def build() -> tirx.PrimFunc:
+        return replace_math(prim_func(lambda: _emit(isa, sizes, activation, flags, block)))
+
+    return make_kernel("feed_forward", key, build, work=hidden * (k + n))
+
+
+@dataclass
+class _Block:
+    """Code for one block of rows: its buffers and where it starts."""
+
+    isa: Isa
+    buffers: dict
+    first: object
+    count: object
+    chunk: int
+
+    def start(self, n: int) -> None:
+        """Set y to residual + b2, onto which every chunk adds."""
+        lanes, (b2, residual, y) = self.isa.lanes, map(self.buffers.get, ("b2", "residual", "y"))
+        with loops(self.count, n // lanes) as (row, j):
+            at = T.ramp(j * lanes, 1, lanes)
+            value = T.broadcast(T.float32(0), lanes) if b2 is None else b2[at]
+            value = value if residual is None else value + residual[self.first + row, at]
+            T.buffer_store(y, value, [self.first + row, at])
+
+    def up(self, k: int, panel, local, activation: str) -> None:
+        """Compute one panel of hidden features and activate it."""
+        lanes, b1, inner = self.isa.lanes, self.buffers.get("b1"), self.buffers["inner"]
+        width = VECTORS * lanes
+
+        def emit(height: int, row) -> None:
+            left = lambda i, p: self.buffers["x"][self.first + row + i, p]  # noqa: E731
+            right = lambda p, v: self.buffers["w1"][panel, p, self._lane(v)]  # noqa: E731
+            sums = self._multiply(height, k, left, right)
+            for i, v in product(range(height), range(VECTORS)):
+                value = sums[v][i]
+                if b1 is not None:
+                    value = value + b1[T.ramp(panel * width + v * lanes, 1, lanes)]
+                at = (row + i) * self.chunk + local * width + v * lanes
+                value = ACTIVATIONS[activation](value)
+                T.buffer_store(inner, value, [T.ramp(at, 1, lanes)])
+
+        self._tiles(emit)
+
+    def down(self, panel, offset) -> None:
+        """Add the chunk's share to one panel of y."""
+        lanes, inner, y = self.isa.lanes, self.buffers["inner"], self.buffers["y"]
+
+        def emit(height: int, row) -> None:
+            def out(i: int, v: int) -> tuple:
+                at = panel * (VECTORS * lanes) + v * lanes
+                return (self.first + row + i, T.ramp(at, 1, lanes))
+
+            left = lambda i, p: inner[(row + i) * self.chunk + p]  # noqa: E731
+            right = lambda p, v: self.buffers["w2"][panel, offset + p, self._lane(v)]  # noqa: E731
+            sums = self._multiply(height, self.chunk, left, right, lambda i, v: y[out(i, v)])
+            for i, v in product(range(height), range(VECTORS)):
+                T.buffer_store(y, sums[v][i], list(out(i, v)))
+
+        self._tiles(emit)
+
+    def _multiply(self, height: int, depth: int, left, right, start=None) -> list[list]:
+        def step(p, add) -> None:
+            for i, v in product(range(height), range(VECTORS)):
+                add(i, v, T.broadcast(left(i, p), self.isa.lanes), right(p, v))
+
+        return accumulate(self.isa, self.isa.lanes, (height, VECTORS), depth, step, start)
+
+    def _lane(self, v: int):
+        return T.ramp(i64(v * self.isa.lanes), 1, self.isa.lanes)
+
+    def _tiles(self, emit) -> None:
+        for segment in row_segments(self.count, HEIGHTS[self.isa.name]):
+            with loops(segment.count) as (t,):
+                emit(segment.height, segment.start + t * segment.height)
+
+
+def _emit(isa: Isa, sizes, activation: str, flags, block: int) -> None:
+    k, hidden, n = sizes
+    width = panel_width(isa)
+    chunk = max(c for c in range(width, max(HIDDEN, width) + 1, width) if hidden % c == 0)
+    m = symbol("m")
+    buffers = _arguments(m, sizes, flags, width)
+    with loops((m + block - 1) // block, kind=T.parallel) as (b,):
+        count = T.min(i64(block), m - b * block)
+        buffers["inner"] = T.alloc_buffer((i64(block * chunk),), "float32", scope="global")
+        work = _Block(isa, buffers, b * block, count, chunk)
+        work.start(n)
+        with loops(hidden // chunk) as (c,):
+            with loops(chunk // width) as (panel,):
+                work.up(k, c * (chunk // width) + panel, panel, activation)
+            with loops(n // width) as (panel,):
+                work.down(panel, c * chunk)
+
+
+def _arguments(m, sizes, flags, width: int) -> dict:
+    k, hidden, n = sizes
+    shapes = {
+        "x": (m, i64(k)),
+        "w1": (i64(hidden // width), i64(k), i64(width)),
+        "b1": (i64(hidden),) if flags[0] else None,
+        "w2": (i64(n // width), i64(hidden), i64(width)),
+        "b2": (i64(n),) if flags[1] else None,
+        "residual": (m, i64(n)) if flags[2] else None,
+        "y": (m, i64(n)),
+    }
+    return {name: argument(name, shape) for name, shape in shapes.items() if shape is not None}

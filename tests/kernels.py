@@ -1,0 +1,67 @@
+"""Helpers to build and run single kernels on every instruction set that the host has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import tvm
+
+from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.targets import ISAS, Isa
+
+CPUS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "sse": "x86-64"}
+every_isa = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, id=isa.name, marks=pytest.mark.isa(isa.name)) for isa in ISAS]
+)
+GUARD = np.float32(-7.25)  # what lies around an output: kernels must not touch it
+
+
+def build(isa: Isa, kernels: Mapping[str, tvm.tirx.PrimFunc]) -> tvm.runtime.Module:
+    """Compile PrimFuncs for an ISA as one library."""
+    target = tvm.target.Target({"kind": "llvm", "mcpu": CPUS[isa.name], "num-cores": 2})
+    named = {n: f.with_attr("global_symbol", n) for n, f in kernels.items()}
+    return tvm.compile(tvm.IRModule(named), target=target).mod
+
+
+def tensor(array: np.ndarray) -> tvm.runtime.Tensor:
+    """Return an aligned tensor with a float32 copy of an array."""
+    return tvm.runtime.tensor(np.ascontiguousarray(array, np.float32))
+
+
+def call(function, arrays: list[np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Call a kernel and return its (rows, columns) result, checked to stay inside its buffer."""
+    flat = tvm.runtime.tensor(np.full(rows * columns + 64, GUARD, np.float32))
+    view = np.from_dlpack(flat)
+    out = tvm.runtime.from_dlpack(view[: rows * columns].reshape(rows, columns))
+    function(*map(tensor, arrays), out)
+    assert (view[rows * columns :] == GUARD).all(), "the kernel wrote past the end of its output"
+    return view[: rows * columns].reshape(rows, columns).copy()
+
+
+def activate(name: str, v: np.ndarray) -> np.ndarray:
+    """Return an activation in float64."""
+    from scipy.special import erf
+
+    v = v.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return {
+            "none": lambda: v,
+            "relu": lambda: np.maximum(v, 0),
+            "tanh": lambda: np.tanh(v),
+            "sigmoid": lambda: 1 / (1 + np.exp(-v)),
+            "gelu": lambda: v / 2 * (1 + erf(v * math.sqrt(0.5))),
+            "gelu_tanh": lambda: (
+                v / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+            ),
+        }[name]()
+
+
+def finish(
+    y: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray
+) -> np.ndarray:
+    """Return the epilogue of ``y`` in float64."""
+    y = activate(epilogue.activation, y + bias if epilogue.bias else y)
+    return y + residual if epilogue.residual else y

@@ -1,0 +1,147 @@
+"""Programs of stages, run by a small interpreter that shares no code with the kernels."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.catalogue import EXPRESSIONS
+from tvmstruct import ops
+from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero, lower, merge, split
+from tvmstruct.testing import tolerance
+
+LANES = (4, 8, 16)
+
+
+def interpret(program: Program, x: np.ndarray) -> np.ndarray:
+    """Run a program on one row, element by element; unwritten features are NaN."""
+    buffers = [np.full(size, np.nan) for size in program.sizes]
+    buffers[X] = x.astype(np.float64)
+    for stage in program.stages:
+        assert stage.dst != X, "a program must not write its input"
+        STEPS[type(stage)](stage, buffers, program.weights)
+    return buffers[Y]
+
+
+def _matmul(s: MatMul, buffers, weights) -> None:
+    w = weights[s.weight].astype(np.float64)
+    for g, q in itertools.product(range(s.groups), range(s.q)):
+        total = 0.0
+        for p in range(s.p):
+            at = s.src_offset + g * s.src_group + p * s.src_p
+            total += buffers[s.src][at] * w[_packed(s, g, p, q)]
+        place = g * s.dst_group + q * s.dst_q
+        buffers[s.dst][place] = total + (buffers[s.dst][place] if s.accumulate else 0.0)
+
+
+def _packed(s: MatMul, g: int, p: int, q: int) -> int:
+    """Return where entry (g, p, q) lies, from the layout in the docstring of `MatMul`."""
+    if s.vector == "column":
+        width = s.lanes * s.tile
+        g = 0 if s.shared else g
+        return ((g * (s.q // width) + q // width) * s.p + p) * width + q % width
+    chunk, t = divmod(q, s.tile)
+    block, lane = divmod(g, s.lanes)
+    return (((chunk * (s.groups // s.lanes) + block) * s.p + p) * s.tile + t) * s.lanes + lane
+
+
+def _copy(s: Copy, buffers, weights) -> None:
+    dims = s.dims or ((1, 1),)
+    for place, index in enumerate(itertools.product(*(range(e) for e, _ in dims))):
+        at = s.src_offset + sum(i * stride for i, (_, stride) in zip(index, dims, strict=True))
+        value = buffers[s.src][at]
+        if s.weight is not None:
+            value *= weights[s.weight][place]
+        old = buffers[s.dst][s.dst_offset + place] if s.accumulate else 0.0
+        buffers[s.dst][s.dst_offset + place] = value + old
+
+
+def _hadamard(s: Hadamard, buffers, weights) -> None:
+    matrix = np.array([[(-1) ** (i & j).bit_count() for j in range(s.n)] for i in range(s.n)])
+    blocks = buffers[s.dst].reshape(s.blocks, s.n)
+    buffers[s.dst] = (s.scale * blocks @ matrix).reshape(-1)
+
+
+def _zero(s: Zero, buffers, weights) -> None:
+    buffers[s.dst][s.start : s.stop] = 0.0
+
+
+STEPS = {MatMul: _matmul, Copy: _copy, Hadamard: _hadamard, Zero: _zero}
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_a_program_computes_its_expression(name, lanes, rng):
+    op = EXPRESSIONS[name]
+    x = rng.normal(size=op.n_in)
+    found = interpret(lower(op, lanes, "float64"), x)
+    scale = max(1.0, float(np.abs(op.apply(np.abs(x))).max()))
+    np.testing.assert_allclose(found, op.apply(x), **tolerance("float64", op.n_in, scale=scale))
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_lowering_never_makes_a_matrix_dense(name, monkeypatch):
+    def refuse(op):
+        raise AssertionError(f"to_dense() of {op!r}")
+
+    for node in {ops.Op, *ops.Op.__subclasses__()}:
+        monkeypatch.setattr(node, "to_dense", refuse)
+    op = EXPRESSIONS[name]
+    stored = sum(np.count_nonzero(w) for w in lower(op, 16).weights)
+    uses = sum(np.count_nonzero(a) for a in op.leaf_arrays())
+    most = max(op.n_in, op.n_out, *(math_sizes(op)))
+    assert stored <= uses * most  # a shared block may come once per group of lanes
+    assert lower(op, 16).key == lower(op, 16).key
+
+
+def math_sizes(op: ops.Op) -> list[int]:
+    """Return how often each shared block is used."""
+    parts = op.factors if isinstance(op, ops.Product) else ()
+    parts = op.terms if isinstance(op, ops.Sum) else parts
+    own = [op.blocks] if isinstance(op, ops.SharedBlockDiag) else [1]
+    return [*own, *(n for part in parts for n in math_sizes(part))]
+
+
+def test_lowering_packs_every_array_of_a_family_once(rng):
+    """Without a shared block that lanes run across, weights are the arrays, padded to vectors."""
+    op = ops.BlockDiag(rng.normal(size=(3, 5, 8))) @ ops.Diag(rng.normal(size=24))
+    program = lower(op, 8)
+    assert [w.size for w in program.weights] == [3 * 5 * 8, 24]
+
+
+def test_permutations_at_the_end_and_beginning_cost_one_copy_at_most(rng):
+    w = rng.normal(size=(4, 6, 6))
+    program = lower(ops.swap(6, 4) @ ops.BlockDiag(w) @ ops.swap(4, 6), 4)
+    assert [type(s) for s in program.stages] in ([MatMul], [MatMul, Copy])
+
+
+def test_a_sum_of_products_accumulates_in_place(rng):
+    op = ops.Dense(rng.normal(size=(6, 8))) + ops.Dense(rng.normal(size=(6, 8)))
+    program = lower(op, 8)
+    assert [(type(s), s.dst, s.accumulate) for s in program.stages] == [
+        (MatMul, Y, False),
+        (MatMul, Y, True),
+    ]
+    assert sum(program.sizes[Y + 1 :]) == 0
+
+
+def test_merge_joins_runs_of_memory():
+    assert merge(((2, 12), (3, 4), (4, 1))) == ((24, 1),)
+    assert merge(((2, 1), (1, 7), (3, 2))) == ((2, 1), (3, 2))
+    assert merge(((1, 5),)) == ()
+
+
+def test_split_refuses_cuts_through_a_stride():
+    assert split(((6, 1),), (2, 3)) == [((2, 3),), ((3, 1),)]
+    assert split(((4, 1), (3, 4)), (4, 3)) == [((4, 1),), ((3, 4),)]
+    assert split(((4, 1), (3, 4)), (3, 4)) is None
+
+
+def test_an_unknown_node_says_where_its_stages_belong():
+    class Strange(ops.Op):
+        n_in = n_out = 3
+
+    with pytest.raises(TypeError, match=r"Strange has no stages.*stages\.py"):
+        lower(Strange(), 8)

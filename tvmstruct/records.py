@@ -1,0 +1,79 @@
+"""From a graph in the middle of compilation to the records of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import tvm
+
+from tvmstruct import compat
+from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable
+from tvmstruct.report import LayerRecord
+from tvmstruct.rewrite import Graph, Log
+
+REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm")
+
+
+def layer_records(
+    mod: tvm.IRModule, table: LayerTable, forms: Mapping[str, Form], names: Mapping[int, str]
+) -> list[LayerRecord]:
+    """Return one record per weight in the order of the graph: layers, and gathered tables."""
+    found: dict[str, LayerRecord] = {}
+    for value in Graph(mod["main"]).bound.values():
+        if (layer := table.layer(value)) is not None:
+            found.setdefault(layer.key, _layer(layer, forms[layer.key]))
+        elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
+            name = names.get(compat.address(compat.constant_tensor(value.args[0])))
+            if name is not None:
+                found.setdefault(name, _table(name, value.args[0]))
+    return list(found.values())
+
+
+def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]:
+    """Yield a record per fused attention and feed-forward block."""
+    count = 0
+    for value in Graph(mod["main"]).bound.values():
+        node = table.node(value)
+        if isinstance(node, Attention):
+            merged = len({node.q_layout[0], node.k_layout[0], node.v_layout[0]}) == 1
+            shared = merged and node.q_layout != node.k_layout
+            what = "q, k, v from one merged layer" if shared else "q, k, v from separate layers"
+            yield LayerRecord(
+                f"attention.{count}",
+                (node.heads, node.head_dim),
+                "attention",
+                {"mask": node.mask},
+                macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
+                reason=f"fused with a running maximum; {what}",
+            )
+            count += 1
+        elif isinstance(node, FeedForward):
+            yield LayerRecord(
+                f"feed_forward.{node.up.names[0]}",
+                (node.up.op.n_in, node.up.op.n_out, node.down.op.n_out),
+                "feed-forward",
+                reason="both matrices in one kernel for this many rows",
+            )
+
+
+def refused_records(log: Log) -> Iterator[LayerRecord]:
+    """Yield a record for everything that a pass recognised and declined."""
+    for rule, name, why in dict.fromkeys(log.rejected):
+        if rule in REFUSALS:
+            yield LayerRecord(name, (), f"not rewritten by {rule}", reason=why)
+
+
+def _layer(layer: Layer, form: Form) -> LayerRecord:
+    op = form.op
+    return LayerRecord(
+        layer.names[0], (op.n_in, op.n_out), form.form, dict(form.parameters), op.params,
+        op.macs, 4 * op.params, None, form.error, form.reason,
+    )  # fmt: skip
+
+
+def _table(name: str, constant) -> LayerRecord:
+    shape = compat.static_shape(constant) or ()
+    array = compat.constant_array(constant)
+    return LayerRecord(
+        name, shape, "table", {}, array.size, 0, array.nbytes, reason="only the rows asked for"
+    )
