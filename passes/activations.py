@@ -21,7 +21,7 @@ PLAIN = {
     "relax.nn.gelu": "gelu",
     "relax.nn.gelu_tanh": "gelu_tanh",
 }
-TOLERANCE = 1e-3  # of the constants 1/2, sqrt(1/2), 0.044715 and sqrt(2/pi) as exporters round them
+TOLERANCE = 1e-5  # of the constants 1/2, sqrt(1/2), 0.044715 and sqrt(2/pi) as exporters round them
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_activation(graph: Graph, call: relax.Call) -> Activation | None:
 
 def _gelu(graph: Graph, x: relax.Expr, other: relax.Expr) -> Activation | None:
     inner = _one_plus(graph, other)
-    if inner is None:
+    if inner is None or not graph.single(inner):
         return None
     if (erf := graph.call(inner, "relax.erf")) is not None:
         scale, factors = _factors(graph, erf.args[0])

@@ -40,20 +40,20 @@ class CanonicalizeDense:
             return self._from_left(call, w, *left)
         return None
 
-    def _weight(self, graph: Graph, expr: relax.Expr) -> tuple[str, np.ndarray] | None:
-        """Return name and value of a constant, transposed as the graph does it."""
+    def _weight(self, graph: Graph, expr: relax.Expr) -> tuple[str, np.ndarray, bool] | None:
+        """Return name and value of a constant, transposed as the graph does it, and whether so."""
         value = graph.value(expr)
         if (transposed := graph.call(value, "relax.permute_dims")) is not None:
             found = self._weight(graph, transposed.args[0])
             if found is None:
                 return None
             axes = transposed.attrs.axes
-            order = None if axes is None else [int(a) for a in axes]
-            return found[0], found[1].transpose(order)
+            order = list(range(found[1].ndim))[::-1] if axes is None else [int(a) for a in axes]
+            return found[0], found[1].transpose(order), found[2] ^ (order != sorted(order))
         if not compat.is_constant(value):
             return None
         array = compat.constant_array(value)
-        return self._name(compat.constant_tensor(value), array), array
+        return self._name(compat.constant_tensor(value), array), array, False
 
     def _name(self, tensor, array: np.ndarray) -> str:
         if (name := self.names.get(compat.address(tensor))) is not None:
@@ -61,18 +61,18 @@ class CanonicalizeDense:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
         return f"constant_{digest}"
 
-    def _dense(self, call, x, name: str, w: np.ndarray) -> relax.Expr | Reject:
+    def _dense(self, call, x, name: str, w: np.ndarray, flipped: bool) -> relax.Expr | Reject:
         shape, out = compat.static_shape(x), compat.static_shape(call)
         if why := _refusal(call, shape, out, w):
             return Reject(name, why)
         assert shape is not None
         assert out is not None
         rows = R.reshape(x, (math.prod(shape[:-1]), w.shape[0]))
-        layer = Layer((name,), ops.Dense(w), transposed=_is_transposed(w))
+        layer = Layer((name,), ops.Dense(w), transposed=flipped)
         y = self.table.call(layer, [rows], (math.prod(shape[:-1]), w.shape[1]))
         return R.reshape(y, out)
 
-    def _from_left(self, call, x, name: str, w: np.ndarray) -> relax.Expr | Reject:
+    def _from_left(self, call, x, name: str, w: np.ndarray, flipped: bool) -> relax.Expr | Reject:
         """``w @ x`` is ``(x^T @ w^T)^T``."""
         shape, out = compat.static_shape(x), compat.static_shape(call)
         if why := _refusal(call, shape, out, w):
@@ -80,14 +80,9 @@ class CanonicalizeDense:
         assert shape is not None
         if len(shape) != 2:
             return Reject(name, f"stands left of an input of rank {len(shape)}, want 2")
-        layer = Layer((name,), ops.Dense(w.T), transposed=not _is_transposed(w))
+        layer = Layer((name,), ops.Dense(w.T), transposed=not flipped)
         y = self.table.call(layer, [R.permute_dims(x)], (shape[1], w.shape[0]))
         return R.permute_dims(y)
-
-
-def _is_transposed(w: np.ndarray) -> bool:
-    """Return whether a matrix is a transposed view of a source array."""
-    return not w.flags.c_contiguous
 
 
 def _refusal(call, shape, out, w: np.ndarray) -> str:

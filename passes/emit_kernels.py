@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import singledispatchmethod
 
 import numpy as np
@@ -12,7 +13,17 @@ from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, LayerTabl
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.dense import pack
+from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel as one node calls it: the shapes of its float32 arguments, output last."""
+
+    node: Node
+    symbol: str
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class EmitKernels:
@@ -22,7 +33,8 @@ class EmitKernels:
 
     def __init__(self, table: LayerTable, kernels: Kernels, store: WeightStore) -> None:
         self.table, self.kernels, self.store = table, kernels, store
-        self.used: dict[str, object] = {}
+        self.used: dict[str, Kernel] = {}
+        self.calls: list[KernelCall] = []
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the kernel call of a node."""
@@ -33,10 +45,14 @@ class EmitKernels:
         assert shape is not None
         kernel, args = self._kernel(node, arguments(call), shape)
         self.used[kernel.symbol] = kernel
+        shapes = [s for a in args if (s := compat.static_shape(a)) is not None]
+        self.calls.append(KernelCall(node, kernel.symbol, (*shapes, shape)))
         return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
 
     @singledispatchmethod
-    def _kernel(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]):
+    def _kernel(
+        self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]
+    ) -> tuple[Kernel, list[relax.Expr]]:
         raise TypeError(f"no kernel for {type(node).__name__}")
 
     @_kernel.register

@@ -6,6 +6,7 @@ transposes and reshapes, which `simplify_layout` cancels against those of the gr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,9 +135,18 @@ def _masked(graph: Graph, step) -> tuple[relax.Expr, relax.Expr] | None:
         for scores, hidden, flip in ((a, b, False), (b, a, True)):
             low = graph.constant(hidden)
             if low is not None and low <= HIDDEN:
-                zero, floor = relax.const(np.float32(0)), relax.const(np.float32(low))
+                zero, floor = relax.const(np.float32(0)), relax.const(np.float32(_floor(low)))
                 return scores, R.where(keep, *((floor, zero) if flip else (zero, floor)))
     return None
+
+
+def _floor(low: float) -> float:
+    """Return what to add so that, as after a select, hidden scores are all one number.
+
+    Adding a smaller one such as -1e9 would keep digits of large scores, which decide a row
+    whose keys are all hidden.
+    """
+    return low if math.isinf(low) else float(np.finfo(np.float32).min)
 
 
 def _holds_product(graph: Graph, expr) -> bool:

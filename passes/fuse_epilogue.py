@@ -52,8 +52,9 @@ class FuseEpilogue:
         if compat.is_constant(value):
             return self._bias(layer, old, compat.constant_array(value), call)
         shape = compat.static_shape(call)
-        if shape != compat.static_shape(other) or compat.dtype_of(other) != "float32":
-            return None
+        shapes = {shape, compat.static_shape(y), compat.static_shape(other)}
+        if len(shapes) > 1 or compat.dtype_of(other) != "float32":
+            return None  # one of the two is broadcast to the other
         rows = R.reshape(other, compat.static_shape(old))
         return self._replace(replace(layer, residual=True), old, [rows], call)
 

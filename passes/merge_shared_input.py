@@ -60,7 +60,7 @@ class MergeSharedInput:
         first = sources[groups[0]]
         rows = compat.static_shape(first)
         assert rows is not None
-        layer = Layer(names, ops.Dense(weights), bias=bias)
+        layer = Layer(names, ops.Dense(weights), bias=bias, parts=tuple(some))
         call = self.table.call(layer, arguments(first), (rows[0], weights.shape[1]))
         return call, weights.shape[1]
 
@@ -76,9 +76,14 @@ def _same_input(graph: Graph, args, sources, layers) -> list[int]:
         and not layer.residual
         and graph.single(arg)
     ]
-    inputs = {i: _origin(graph, arguments(sources[i])[0]) for i in plain}
-    groups = [[j for j in plain if inputs[j].same_as(inputs[i])] for i in plain]
+    rows = {i: arguments(sources[i])[0] for i in plain}
+    groups = [[j for j in plain if _same_rows(graph, rows[i], rows[j])] for i in plain]
     return max(groups, key=len, default=[])
+
+
+def _same_rows(graph: Graph, a: relax.Expr, b: relax.Expr) -> bool:
+    same_shape = compat.static_shape(a) == compat.static_shape(b)
+    return same_shape and _origin(graph, a).same_as(_origin(graph, b))
 
 
 def _origin(graph: Graph, expr: relax.Expr) -> relax.Expr:

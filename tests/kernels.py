@@ -59,9 +59,7 @@ def activate(name: str, v: np.ndarray) -> np.ndarray:
         }[name]()
 
 
-def finish(
-    y: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray
-) -> np.ndarray:
+def finish(y: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray) -> np.ndarray:
     """Return the epilogue of ``y`` in float64."""
     y = activate(epilogue.activation, y + bias if epilogue.bias else y)
     return y + residual if epilogue.residual else y

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvmstruct.errors import InputError
-from tvmstruct.frontends import Source
+from tvmstruct.frontends import Source, TensorSpec
 
 SMALLEST = 8  # lengths are padded at least to this
 STEPS = 4  # grid points per factor of two: at most a quarter of the work is padding
@@ -107,6 +107,6 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def shapes_at(inputs, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def shapes_at(inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every input with its symbols replaced by sizes."""
     return {s.name: tuple(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in inputs}

@@ -25,7 +25,7 @@ PRECISIONS = ("f32",)
 
 def compile(
     source: Source | tvm.IRModule,
-    target: str | dict | tvm.target.Target | TargetSpec = "host",
+    target: str | dict[str, Any] | tvm.target.Target | TargetSpec = "host",
     *,
     plan: Plan | Mapping[str, Any] | str | Path | None = None,
     precision: str = "f32",

@@ -29,6 +29,7 @@ class Layer:
     bias: np.ndarray | None = None
     activation: str = "none"
     residual: bool = False
+    parts: tuple[Layer, ...] = ()  # the layers that a merged one stands for
 
     @property
     def key(self) -> str:

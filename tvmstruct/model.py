@@ -35,7 +35,7 @@ Key = tuple[tuple[int, ...], ...]
 class Runner:
     """One virtual machine with aligned memory of its own for inputs that lie badly."""
 
-    def __init__(self, executable, shapes: Key, dtypes: Sequence[str]) -> None:
+    def __init__(self, executable: Any, shapes: Key, dtypes: Sequence[str]) -> None:
         self.main = relax.VirtualMachine(executable, tvm.cpu())["main"]
         self.staging = [aligned_empty(s, d) for s, d in zip(shapes, dtypes, strict=True)]
         self.staged = [from_dlpack(array) for array in self.staging]
@@ -56,19 +56,22 @@ class Bucket:
 
     def __init__(
         self,
-        executable,
-        weights: Sequence,
+        executable: Any,
+        weights: Sequence[Any],
         shapes: Key,
         dtypes: Sequence[str],
         *,
         lowered: Lowered | None = None,
-        libraries: Sequence = (),
+        libraries: Sequence[Any] = (),
     ) -> None:
         self.executable, self.weights, self.lowered = executable, tuple(weights), lowered
         self.shapes, self.dtypes, self.libraries = shapes, dtypes, tuple(libraries)
         self._idle: deque[Runner] = deque()  # a virtual machine serves one call at a time
         self._copied: frozenset[int] | None = None
-        self.last: tuple[tuple, tuple] = ((), ())  # arrays that needed no copy, their tensors
+        self.last: tuple[tuple[Any, ...], tuple[Any, ...]] = (
+            (),
+            (),
+        )  # arrays that needed no copy, their tensors
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run on arrays of exactly the compiled shapes and dtypes."""
@@ -83,24 +86,31 @@ class Bucket:
                 tensors = tuple([t for t, _ in pairs])
                 if all([own for _, own in pairs]):
                     self.last = (tuple(arrays), tensors)
-            out = runner.main(*tensors, *self.weights)
-            return self._collect(out, tensors)
+            out = _listed(runner.main(*tensors, *self.weights))
+            if self._copied is None:
+                again = _listed(runner.main(*tensors, *self.weights))
+                self._copied = _not_fresh(out, again)
+            if not self._copied:
+                return list(map(to_numpy, out))
+            return [to_numpy(o).copy() if i in self._copied else to_numpy(o)
+                    for i, o in enumerate(out)]  # fmt: skip
         finally:
             self._idle.append(runner)
 
-    def _collect(self, out: Any, tensors: tuple) -> list[np.ndarray]:
-        """Return outputs as views of their memory, copied where that is an input or a weight."""
-        outputs = [out] if isinstance(out, tvm.runtime.Tensor) else list(out)
-        if self._copied is None:
-            given = {t.data_ptr() for t in (*tensors, *self.weights)}
-            self._copied = frozenset(
-                i for i, o in enumerate(outputs) if o.data_ptr() in given or o.numel() == 0
-            )
-        if not self._copied:
-            return list(map(to_numpy, outputs))
-        return [
-            to_numpy(o).copy() if i in self._copied else to_numpy(o) for i, o in enumerate(outputs)
-        ]
+
+def _listed(out: Any) -> list:
+    return [out] if isinstance(out, tvm.runtime.Tensor) else list(out)
+
+
+def _not_fresh(first: list, second: list) -> frozenset[int]:
+    """Return the outputs of two calls that share memory: with an input, a weight, each other."""
+    places = [o.data_ptr() for o in first]
+    again = {o.data_ptr() for o in second}
+    return frozenset(
+        i
+        for i, o in enumerate(first)
+        if o.numel() == 0 or places[i] in again or places[i] in places[:i]
+    )
 
 
 class CompiledModel:
@@ -204,13 +214,23 @@ class CompiledModel:
                 self.buckets.popitem(last=False)
             return bucket
 
-    def report(self) -> Report:
-        """Return what became of every layer, and why."""
+    def report(self, *, measure: bool = False) -> Report:
+        """Return what became of every layer, and why.
+
+        With ``measure`` each layer's kernel is timed, on random data at the shapes of the
+        bucket that was compiled last.
+        """
+        if measure and self.compiler is not None and self.buckets:
+            from tvmstruct.measure import measure_layers
+
+            self._seconds = measure_layers(next(reversed(self.buckets.values())))
         records = [
             replace(r, seconds=self._seconds.get(r.name)) if r.name in self._seconds else r
             for r in self._records.values()
         ]
-        shapes = tuple("; ".join("x".join(map(str, s)) for s in key) for key in self.buckets)
+        shapes = tuple(
+            " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
+        )
         return Report(tuple(records), self.spec.key, shapes, self.padder.notes)
 
     def save(self, path: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from tvmstruct.frontends.source import TensorSpec
     from tvmstruct.model import CompiledModel
 
 SMALL, LARGE = 5, 8  # sizes of the probe: compiled at both, padded from one to the other
@@ -76,7 +77,9 @@ class Padder:
                 return f"output {spec.name!r} changes by {np.abs(a - b).max():.1e} in a probe"
         return ""
 
-    def _random(self, spec, sizes: Mapping[str, int], rng) -> np.ndarray:
+    def _random(
+        self, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator
+    ) -> np.ndarray:
         shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
         if spec.name in self.model.default_ones:
             mask = rng.integers(0, 2, shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -15,12 +16,13 @@ from tvmstruct.layers import Form, LayerTable
 from tvmstruct.passes.apply_plan import ApplyPlan
 from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
 from tvmstruct.passes.clip_gathers import ClipGathers
-from tvmstruct.passes.emit_kernels import EmitKernels
+from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
+from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
@@ -55,6 +57,7 @@ class Lowered:
     kernels: dict[str, Kernel]
     weights: list[str]
     layers: list[LayerRecord]
+    calls: list[KernelCall]
 
 
 def lower(mod: tvm.IRModule, session: Session) -> Lowered:
@@ -74,10 +77,12 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
-    return Lowered(mod, dict(emit.used), lift.names, layers)
+    return Lowered(mod, dict(emit.used), lift.names, layers, emit.calls)
 
 
-def _find_layers(table: LayerTable, names, stored, session: Session) -> Iterator[Rule]:
+def _find_layers(
+    table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
+) -> Iterator[Rule]:
     yield ClipGathers()
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
@@ -88,6 +93,7 @@ def _find_layers(table: LayerTable, names, stored, session: Session) -> Iterator
 def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     for _ in range(STEPS):
         yield FuseEpilogue(table)
+    yield RecognizeLayerNorm()
     yield FuseAttention(table)
     yield SimplifyLayout()
     yield SimplifyLayout()
@@ -124,5 +130,5 @@ def build(mod: tvm.IRModule, session: Session):
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
 
 
-def _attr(mod: tvm.IRModule, key: str) -> dict:
+def _attr(mod: tvm.IRModule, key: str) -> dict[Any, Any]:
     return dict(mod.attrs[key]) if mod.attrs and key in mod.attrs else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import tvm
+from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable
@@ -42,9 +43,8 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 f"attention.{count}",
                 (node.heads, node.head_dim),
                 "attention",
-                {"mask": node.mask},
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
-                reason=f"fused with a running maximum; {what}",
+                reason=f"fused, running maximum, mask {node.mask}; {what}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -52,7 +52,8 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 f"feed_forward.{node.up.names[0]}",
                 (node.up.op.n_in, node.up.op.n_out, node.down.op.n_out),
                 "feed-forward",
-                reason="both matrices in one kernel for this many rows",
+                macs=node.up.op.macs + node.down.op.macs,
+                reason="both matrices in one kernel",
             )
 
 
@@ -71,7 +72,7 @@ def _layer(layer: Layer, form: Form) -> LayerRecord:
     )  # fmt: skip
 
 
-def _table(name: str, constant) -> LayerRecord:
+def _table(name: str, constant: relax.Expr) -> LayerRecord:
     shape = compat.static_shape(constant) or ()
     array = compat.constant_array(constant)
     return LayerRecord(

@@ -329,10 +329,10 @@ def _per_family(candidates: list[Candidate]) -> tuple[Candidate, ...]:
 
 def _explain_miss(sample: _Sample, candidates: list[Candidate]) -> str:
     miss, name = sample.nearest
-    near = f"; nearest {name}, sampled error {miss:.2g}" if math.isfinite(miss) else ""
+    near = f" (nearest: {name}, sampled error {miss:.2g})" if math.isfinite(miss) else ""
     if candidates:
-        near += f"; {candidates[0]} passed the sampled test but not the full one"
-    return f"no exact structure found: tried {TRIED}{near}"
+        near += f" ({candidates[0]} passed the sampled test but not the full one)"
+    return f"no exact structure found{near}: tried {TRIED}"
 
 
 def _divisors(n: int) -> list[int]:

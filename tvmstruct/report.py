@@ -6,10 +6,16 @@ import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLUMNS = ("layer", "shape", "form", "params", "macs", "bytes", "time", "error", "reason")
 
-SHOWN = 60  # characters of a reason in the terminal; JSON, HTML and ``layers`` have all of it
+REASON = len(COLUMNS) - 1
+NUMERIC = {"params", "macs", "bytes", "time", "error"}
+SHOWN = 24  # last characters of a name in the terminal; JSON, HTML and ``layers`` have all of it
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,12 @@ class Report:
         """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=2, default=str)
 
-    def show(self, console=None) -> None:
+    def show(self, console: Console | None = None) -> None:
         """Print the table in the terminal."""
         from rich.console import Console
 
-        (console or Console()).print(self._table())
+        console = console or Console()
+        console.print(self._table(console.width))
 
     def __str__(self) -> str:
         from io import StringIO
@@ -58,20 +65,30 @@ class Report:
         from rich.console import Console
 
         text = StringIO()
-        Console(file=text, width=160).print(self._table())
+        Console(file=text, width=160).print(self._table(160))
         return text.getvalue()
 
-    def _table(self):
+    def _table(self, width: int):
+        from rich import box
         from rich.table import Table
 
         target = self.target.split(":+", maxsplit=1)[0]
-        table = Table(title=f"{len(self.layers)} layers, {self.params:,} parameters, {target}")
-        for column in COLUMNS:
-            table.add_column(column, overflow="fold")
-        for layer in self.layers:
-            *cells, reason = _cells(layer)
-            table.add_row(*cells, reason if len(reason) <= SHOWN else f"{reason[:SHOWN]}...")
-        table.caption = "; ".join([f"buckets: {', '.join(self.buckets) or 'none'}", *self.notes])
+        title = f"{len(self.layers)} layers, {self.params:,} parameters, {target}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        rows = [_cells(layer) for layer in self.layers]
+        for row in rows:
+            row[0] = row[0] if len(row[0]) <= SHOWN else f"...{row[0][3 - SHOWN :]}"
+        shown = [i for i, c in enumerate(COLUMNS) if c != "bytes" and any(row[i] for row in rows)]
+        taken = sum(max(len(row[i]) for row in rows) + 2 for i in shown if i != REASON)
+        room = max(12, width - taken)
+        for i in shown:
+            numeric = COLUMNS[i] in NUMERIC
+            table.add_column(COLUMNS[i], justify="right" if numeric else "left", no_wrap=True)
+        for row in rows:
+            row[REASON] = row[REASON] if len(row[REASON]) <= room else f"{row[REASON][: room - 1]}…"
+            table.add_row(*(row[i] for i in shown))
+        notes = [f"compiled: {', '.join(self.buckets) or 'nothing'}", *self.notes]
+        table.caption = "; ".join(notes)
         return table
 
     def _repr_html_(self) -> str:

@@ -19,6 +19,7 @@ from tvm.relax.analysis import get_var2val, post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvmstruct import compat
+from tvmstruct.errors import TvmstructError
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,17 @@ def apply_rule(mod: tvm.IRModule, rule: Rule, log: Log) -> tvm.IRModule:
     driver = _Driver(mod, rule, log)
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function):
-            driver.rewrite_function(gvar, func)
+            try:
+                driver.rewrite_function(gvar, func)
+            except RuntimeError:
+                if driver.error is not None:
+                    raise driver.error from None
+                raise
     mod = relax.transform.CanonicalizeBindings()(driver.builder_.get())
     return relax.transform.DeadCodeElimination()(mod)
+
+
+Seen = dict[relax.Expr, relax.Expr]
 
 
 @mutator
@@ -114,13 +123,18 @@ class _Driver(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, rule: Rule, log: Log) -> None:
         super().__init__(mod)
         self.rule, self.log = rule, log
+        self.error: TvmstructError | None = None
 
     def rewrite_function(self, gvar: tvm.ir.GlobalVar, func: relax.Function) -> None:
         self.graph = Graph(func)
         self.builder_.update_func(gvar, self.visit_expr(func))
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        out = self.rule.rewrite(self.graph, call)
+        try:
+            out = self.rule.rewrite(self.graph, call)
+        except TvmstructError as error:
+            self.error = error  # on its way through TVM it would become a RuntimeError
+            raise
         if isinstance(out, Reject):
             self.log.rejected.append((self.rule.name, out.layer, out.why))
         elif out is not None:
@@ -128,7 +142,7 @@ class _Driver(PyExprMutator):
             return self.adopt(out)
         return super().visit_call_(call)
 
-    def adopt(self, expr: relax.Expr, seen: dict | None = None) -> relax.Expr:
+    def adopt(self, expr: relax.Expr, seen: Seen | None = None) -> relax.Expr:
         """Rebuild a rule's expression on the new graph's variables, inner calls first.
 
         A call that the rule uses several times is emitted once.
@@ -138,7 +152,7 @@ class _Driver(PyExprMutator):
             seen[expr] = self._adopt(expr, seen)
         return seen[expr]
 
-    def _adopt(self, expr: relax.Expr, seen: dict) -> relax.Expr:
+    def _adopt(self, expr: relax.Expr, seen: Seen) -> relax.Expr:
         if isinstance(expr, relax.Var):
             return self.visit_expr(expr)
         if isinstance(expr, relax.Tuple):

@@ -81,7 +81,9 @@ def _contents(model: CompiledModel, compiler: Compiler) -> tuple[dict[str, Any],
     return _manifest(model, buckets, dtypes), sections
 
 
-def _manifest(model: CompiledModel, buckets: list, dtypes: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(
+    model: CompiledModel, buckets: list[Any], dtypes: Mapping[str, str]
+) -> dict[str, Any]:
     safe = [s for s, why in model.padder.verdicts.items() if not why]
     return {
         "inputs": [asdict(s) for s in model.inputs],
@@ -136,7 +138,7 @@ def _executable(module: tvm.runtime.Module) -> tvm.runtime.Module:
     return next((m for m in module.imports if m.kind == "relax.VMExecutable"), module)
 
 
-def _sizes(about: Mapping[str, Any], shapes: list) -> dict[str, int]:
+def _sizes(about: Mapping[str, Any], shapes: list[Any]) -> dict[str, int]:
     return {
         dim: size
         for spec, shape in zip(about["inputs"], shapes, strict=True)

@@ -112,7 +112,7 @@ class Program:
     weights: list[np.ndarray] = field(default_factory=list)
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """Everything that the code depends on: equal keys, equal kernels."""
         return (tuple(self.sizes), tuple(self.stages), tuple(w.size for w in self.weights))
 
@@ -284,7 +284,9 @@ class _Lowering:
             return self._matmul_over_groups(w, groups, x, strides, along)
         return self._matmul_over_columns(w, groups, x, strides, shared)
 
-    def _matmul_over_groups(self, w, groups, x, strides, lanes) -> Value:
+    def _matmul_over_groups(
+        self, w: np.ndarray, groups: int, x: Value, strides: list[int], lanes: int
+    ) -> Value:
         """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
         _, p, q = w.shape
         tile = 2 if q % 2 == 0 else 1
@@ -299,7 +301,9 @@ class _Lowering:
         )  # fmt: skip
         return Value(dst, ((groups, 1), (q, groups)))
 
-    def _matmul_over_columns(self, w, groups, x, strides, shared) -> Value:
+    def _matmul_over_columns(
+        self, w: np.ndarray, groups: int, x: Value, strides: list[int], shared: bool
+    ) -> Value:
         """Lanes along the outputs; q is padded to whole vectors, so rows of dst are too."""
         count, p, q = w.shape
         lanes = next(v for v in (4, 8, 16) if v >= min(q, self.lanes))

@@ -119,8 +119,8 @@ def _tile(segment: Segment, buffers, panel, sizes, finish) -> None:
     """Emit zero, update and finish for every tile of one segment in one panel."""
     x, w, y = buffers
     panels, at, base = panel  # the last panel is a constant offset: as an axis it would be lost
-    k, width, columns, lanes = sizes
-    lanes = next(v for v in (lanes, 8, 4, 2, 1) if columns % v == 0)
+    k, width, columns, whole = sizes
+    lanes = next(v for v in (whole, 8, 4, 2, 1) if columns % v == 0)
     height, start = segment.height, segment.start
     with loops(segment.count) as (t,):
         if columns == width:
@@ -138,15 +138,24 @@ def _tile(segment: Segment, buffers, panel, sizes, finish) -> None:
         # A loop over one row would be simplified away while scheduling, so it is left out.
         rows = [height] if height > 1 else []
         shared = [(panels, at), (segment.count, t)]
-        with loops(*rows, width) as (*i, j):
-            axes = [*shared, (width, j), *zip(rows, i, strict=True)]
-            with block("zero", axes, height=height) as (vp, vt, vj, *vi):
-                T.buffer_store(tile, T.float32(0), place(vt, vi, vp, vj)[0])
-        with loops(*rows, width, k) as (*i, j, p):
-            axes = [*shared, (width, j), *zip(rows, i, strict=True)]
-            with block("update", axes, [(k, p)], height=height) as (vp, vt, vj, *vi, vk):
-                index, row = place(vt, vi, vp, vj)
-                T.buffer_store(tile, tile[tuple(index)] + x[row, vk] * w[vp + base, vk, vj], index)
+        if k == 1:  # nothing to add up, and a loop of extent one would keep tensorize from matching
+            with loops(*rows, width // whole, kind=T.unroll) as (*i, chunk), vectors(whole) as j:
+                axes = [*shared, (width, chunk * whole + j), *zip(rows, i, strict=True)]
+                with block("product", axes, height=height) as (vp, vt, vj, *vi):
+                    index, row = place(vt, vi, vp, vj)
+                    T.buffer_store(tile, x[row, 0] * w[vp + base, 0, vj], index)
+        else:
+            with loops(*rows, width) as (*i, j):
+                axes = [*shared, (width, j), *zip(rows, i, strict=True)]
+                with block("zero", axes, height=height) as (vp, vt, vj, *vi):
+                    T.buffer_store(tile, T.float32(0), place(vt, vi, vp, vj)[0])
+            with loops(*rows, width, k) as (*i, j, p):
+                axes = [*shared, (width, j), *zip(rows, i, strict=True)]
+                with block("update", axes, [(k, p)], height=height) as (vp, vt, vj, *vi, vk):
+                    index, row = place(vt, vi, vp, vj)
+                    T.buffer_store(
+                        tile, tile[tuple(index)] + x[row, vk] * w[vp + base, vk, vj], index
+                    )
         # In place, which no schedule primitive may touch: the loops are vectors from the start.
         with loops(*rows, columns // lanes, kind=T.unroll) as (*i, chunk), vectors(lanes) as j:
             axes = [*shared, (columns, chunk * lanes + j), *zip(rows, i, strict=True)]

@@ -8,6 +8,7 @@ register tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,6 +23,8 @@ from tvmstruct.schedules.x86.packed_dense import HEIGHTS, SERIAL_MACS
 from tvmstruct.schedules.x86.register_tile import ACCUMULATORS, accumulate
 from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero
 from tvmstruct.targets import Isa
+
+SHARED_MACS = 96 << 10  # a stage of more work on few rows is worth waking a second thread
 
 
 def chain(isa: Isa, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
@@ -52,7 +55,8 @@ def _emit(isa: Isa, program: Program, epilogue: Epilogue, heights, parallel: boo
             kind = T.parallel if parallel and i == 0 else T.serial
             with loops(segment.count, kind=kind) as (t,):
                 first = segment.start + t * segment.height
-                tile = _Tile(isa, segment.height, first, weights, _buffers(program, x, y, segment))
+                scratch = _buffers(program, x, y, segment)
+                tile = _Tile(isa, segment.height, first, weights, scratch, not parallel)
                 for stage in program.stages:
                     tile.emit(stage)
                 tile.finish(y, n_out, epilogue, bias, residual)
@@ -77,6 +81,7 @@ class _Tile:
     first: object
     weights: list
     buffers: list
+    shares_threads: bool = False  # whether threads split stages, because rows are too few
 
     def emit(self, stage) -> None:
         if isinstance(stage, MatMul):
@@ -109,7 +114,7 @@ class _Tile:
         some = max(g for g in range(1, limit + 1) if s.groups % g == 0)
         width = s.tile * s.lanes
         lines = list(product(range(self.height), range(some)))
-        with loops(s.groups // some, s.q // width) as (group, chunk):
+        with self._loops(s, s.groups // some, s.q // width) as (group, chunk):
             base = (0 if s.shared else group) * (s.q // width) + chunk
 
             def step(p, add) -> None:
@@ -126,7 +131,7 @@ class _Tile:
 
     def _over_groups(self, s: MatMul) -> None:
         """Tile: rows by ``tile`` outputs; lanes run along the groups."""
-        with loops(s.q // s.tile, s.groups // s.lanes) as (chunk, lane):
+        with self._loops(s, s.q // s.tile, s.groups // s.lanes) as (chunk, lane):
             base = chunk * (s.groups // s.lanes) + lane
 
             def step(p, add) -> None:
@@ -140,6 +145,18 @@ class _Tile:
             for row, v in product(range(self.height), range(s.tile)):
                 at = (chunk * s.tile + v) * s.dst_q + lane * s.lanes
                 self._put(s, row, at, sums[v][row])
+
+    @contextmanager
+    def _loops(self, s: MatMul, outer: int, inner: int) -> Iterator[tuple]:
+        """Nest the two loops over tiles; where threads share the stage, the longer is outside."""
+        shared = self.shares_threads and s.groups * s.p * s.q * self.height > SHARED_MACS
+        kind = T.parallel if shared and max(outer, inner) > 1 else None
+        if kind is not None and inner > outer:
+            with loops(inner, outer, kind=kind) as (second, first):
+                yield first, second
+        else:
+            with loops(outer, inner, kind=kind) as (first, second):
+                yield first, second
 
     def _weight(self, weight: int, index, lanes: int):
         return self.weights[weight][T.ramp(index, 1, lanes)]

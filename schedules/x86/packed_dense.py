@@ -61,9 +61,6 @@ def _tensorize(sch: Schedule, isa: Isa, block) -> None:
     *_, row, columns, depth = sch.get_loops(block)
     tile = [row, columns] if height > 1 else [columns]
     step = _depth_step(k := int(sch.get(depth).extent))
-    if k == 1:  # no sum is left, and a loop of extent one keeps tensorize from matching
-        sch.reorder(*tile[:-1], depth, columns)
-        return _vectorize(sch, isa, block)
     if step < k:  # a split of extent one would keep tensorize from matching
         chunk, depth = sch.split(depth, [None, step])
         sch.reorder(chunk, *tile, depth)

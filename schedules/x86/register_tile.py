@@ -40,8 +40,9 @@ def accumulate(
         for _ in range(parts)
     ]
     for part, column, line in product(range(parts), range(columns), range(lines)):
-        first = start is not None and part == 0
-        value = start(line, column) if first else T.broadcast(T.float32(0), lanes)
+        value = T.broadcast(T.float32(0), lanes)
+        if start is not None and part == 0:
+            value = start(line, column)
         T.buffer_store(totals[part][column], value, [T.ramp(line * lanes, 1, lanes)])
     with loops(depth // parts) as (p,):
         for part in range(parts):

@@ -1,0 +1,283 @@
+"""Attention in the spellings of exporters becomes one kernel; everything else says why not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from tests import models
+from tests.relax_modules import R, check_compiled, const, module, nodes, random_inputs, transform
+from tvmstruct.layers import Attention, LayerTable
+from tvmstruct.passes.fuse_attention import FuseAttention
+from tvmstruct.passes.simplify_layout import SimplifyLayout
+
+B, H, Q, K, D, V = 2, 3, 5, 7, 4, 6
+QUERY, KEY, VALUE = (B, H, Q, D), (B, H, D, K), (B, H, K, V)
+SCALE = 1 / math.sqrt(D)
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def attend(emit, q, k, v, *, mask=None, after=None, axis=-1):
+    scores = emit(R.matmul(q, k))
+    for step in (after, mask):
+        scores = scores if step is None else emit(step(emit, scores))
+    return R.matmul(emit(R.nn.softmax(scores, axis=axis)), v)
+
+
+def scaled(emit, scores):
+    return R.multiply(scores, const(SCALE))
+
+
+def fuse(mod):
+    table = LayerTable()
+    mod, log = transform(mod, FuseAttention(table), SimplifyLayout(), SimplifyLayout())
+    return nodes(mod, table), log
+
+
+def check_fused(mod, inputs=None, **expected):
+    (node,), log = fuse(mod)
+    assert not log.rejected
+    assert isinstance(node, Attention)
+    assert (node.heads, node.head_dim, node.value_dim) == (H, D, V)
+    assert (node.query_length, node.key_length) == (Q, K)
+    for name, value in expected.items():
+        assert getattr(node, name) == pytest.approx(value), name
+    check_compiled(mod, inputs)
+
+
+SCALES = {
+    "none": (lambda emit, q, k, v: attend(emit, q, k, v), 1.0),
+    "multiply": (lambda emit, q, k, v: attend(emit, q, k, v, after=scaled), SCALE),
+    "from the left": (
+        lambda emit, q, k, v: attend(
+            emit, q, k, v, after=lambda emit, s: R.multiply(const(SCALE), s)
+        ),
+        SCALE,
+    ),
+    "divide": (
+        lambda emit, q, k, v: attend(
+            emit, q, k, v, after=lambda emit, s: R.divide(s, const([[math.sqrt(D)]]))
+        ),
+        SCALE,
+    ),
+    "twice": (
+        lambda emit, q, k, v: attend(
+            emit, q, k, v, after=lambda e, s: R.divide(e(R.multiply(s, const(3.0))), const(6.0))
+        ),
+        0.5,
+    ),
+    "on q": (lambda emit, q, k, v: attend(emit, emit(R.multiply(q, const(SCALE))), k, v), 1.0),
+    "on q and k": (
+        lambda emit, q, k, v: attend(
+            emit, emit(R.multiply(q, const(0.7))), emit(R.multiply(k, const(0.7))), v
+        ),
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("place", SCALES)
+def test_scales(place):
+    body, scale = SCALES[place]
+    check_fused(module(body, QUERY, KEY, VALUE), scale=scale, mask="none")
+
+
+MASKS = {  # shape -> (kind, dimensions that vary)
+    (B, 1, 1, K): ("keys", ("batch",)),
+    (K,): ("full", ()),
+    (1, 1, Q, K): ("full", ("queries",)),
+    (Q, K): ("full", ("queries",)),
+    (B, 1, Q, K): ("full", ("batch", "queries")),
+    (1, H, Q, K): ("full", ("heads", "queries")),
+    (H, 1, K): ("full", ("heads",)),
+    (B, H, Q, K): ("full", ("batch", "heads", "queries")),
+}
+
+
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_additive_masks(shape):
+    def body(emit, q, k, v, m):
+        return attend(emit, q, k, v, after=scaled, mask=lambda e, s: R.add(s, m))
+
+    kind, dims = MASKS[shape]
+    mod = module(body, QUERY, KEY, VALUE, shape)
+    check_fused(mod, mask=kind, mask_dims=dims, scale=SCALE)
+
+
+def test_a_mask_from_the_left_before_the_scale():
+    def body(emit, q, k, v, m):
+        scores = emit(R.add(m, emit(R.multiply(const(SCALE), emit(R.matmul(q, k))))))
+        return R.matmul(emit(R.nn.softmax(scores, axis=3)), v)
+
+    check_fused(module(body, QUERY, KEY, VALUE, (B, 1, 1, K)), mask="keys", scale=SCALE)
+
+
+def select(low, *, flip, shape):
+    def body(emit, q, k, v, m):
+        keep = emit(R.greater(m, const(0.0)))
+        hidden = const(low)
+
+        def where(emit, s):
+            return R.where(keep, hidden, s) if flip else R.where(keep, s, hidden)
+
+        return attend(emit, q, k, v, after=scaled, mask=where)
+
+    return module(body, QUERY, KEY, VALUE, shape)
+
+
+@pytest.mark.parametrize("shape", [(B, 1, 1, K), (1, 1, Q, K), (B, H, Q, K)], ids=str)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("low", [LOWEST, -1e9, -math.inf])
+def test_selecting_masks(low, flip, shape):
+    mod = select(low, flip=flip, shape=shape)
+    inputs = random_inputs(mod)
+    inputs[3][..., 0] = -1.0 if flip else 1.0  # every query sees one key at least
+    kind = "keys" if shape == (B, 1, 1, K) else "full"
+    check_fused(mod, inputs, mask=kind)
+
+
+@pytest.mark.parametrize("low", [LOWEST, -1e9, -1e8])
+def test_a_row_that_selects_no_key_averages_all_of_them(low):
+    """Selecting one number for all keys forgets the scores, even large ones; adding it would not."""
+    mod = select(low, flip=False, shape=(B, 1, 1, K))
+    inputs = random_inputs(mod, scale=12.0)
+    inputs[3][:] = np.abs(inputs[3]) + 1
+    inputs[3][0] = -1.0
+    check_fused(mod, inputs)
+    (found,) = [np.asarray(check_compiled(mod, inputs)(*inputs))]
+    mean = np.broadcast_to(inputs[2][0].mean(axis=1, keepdims=True), found[0].shape)
+    np.testing.assert_allclose(found[0], mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("low", [-1e4, LOWEST])
+def test_an_additive_row_that_hides_every_key_keeps_the_arithmetic_of_the_graph(low):
+    def body(emit, q, k, v, m):
+        return attend(emit, q, k, v, after=scaled, mask=lambda e, s: R.add(s, m))
+
+    mod = module(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+    inputs = random_inputs(mod)
+    inputs[3] = np.float32([[0] * 4 + [low] * 3, [low] * 7])[:, None, None]
+    check_compiled(mod, inputs, rtol=1e-2, atol=1e-3)  # 1e4 + score keeps three digits of a score
+
+
+def refusal(body, *shapes, dtype="float32", **bound):
+    mod = module(body, *shapes, dtype=dtype)
+    found, log = fuse(mod)
+    assert not found
+    ((rule, where, why),) = log.rejected
+    assert (rule, where.split(".")[0]) == ("fuse_attention", "attention")
+    model = check_compiled(mod, **bound)
+    assert why in [record.reason for record in model.report().layers]
+    return why
+
+
+def test_rank_3_is_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v), (6, 5, 4), (6, 4, 7), (6, 7, 4))
+    assert "want (batch, heads, length, depth) of rank 4" in why
+
+
+def test_another_axis_is_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v, axis=2), QUERY, KEY, VALUE)
+    assert "softmax runs over axis 2, want the last" in why
+
+
+def test_float64_is_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v), QUERY, KEY, VALUE, dtype="float64")
+    assert "computes in float64, want float32" in why
+
+
+def test_probabilities_that_are_an_output_are_refused():
+    def body(emit, q, k, v):
+        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+        return R.matmul(p, v), p
+
+    assert "the probabilities are read elsewhere too" in refusal(body, QUERY, KEY, VALUE)
+
+
+def test_scores_that_are_an_output_are_refused():
+    def body(emit, q, k, v):
+        s = emit(R.multiply(emit(R.matmul(q, k)), const(2.0)))
+        return R.matmul(emit(R.nn.softmax(s)), v), s
+
+    assert "the scores are read elsewhere too" in refusal(body, QUERY, KEY, VALUE)
+
+
+def test_shared_key_heads_are_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v), QUERY, (B, 1, D, K), (B, 1, K, V))
+    assert "do not belong together (or broadcast heads)" in why
+
+
+def test_a_scaled_mask_is_refused():
+    def body(emit, q, k, v, m):
+        return attend(
+            emit, q, k, v, after=lambda e, s: R.add(s, m), mask=lambda e, s: R.multiply(s, const(2))
+        )
+
+    why = refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+    assert "the mask is scaled together with the scores" in why
+
+
+def test_an_unknown_step_is_named():
+    why = refusal(
+        lambda e, q, k, v: attend(e, q, k, v, after=lambda e, s: R.tanh(s)), QUERY, KEY, VALUE
+    )
+    assert "relax.tanh stands between the product and the softmax" in why
+
+
+def test_two_masks_are_refused():
+    def body(emit, q, k, v, m, n):
+        return attend(emit, q, k, v, after=lambda e, s: R.add(s, m), mask=lambda e, s: R.add(s, n))
+
+    assert "between the product and the softmax" in refusal(
+        body, QUERY, KEY, VALUE, (B, 1, 1, K), (B, 1, Q, K)
+    )
+
+
+def test_a_mask_that_is_the_same_for_all_keys_is_refused():
+    why = refusal(
+        lambda e, q, k, v, m: attend(e, q, k, v, mask=lambda e, s: R.add(s, m)),
+        QUERY, KEY, VALUE, (B, 1, Q, 1),
+    )  # fmt: skip
+    assert f"is the same for all {K} keys" in why
+
+
+def test_a_mask_that_widens_the_scores_is_refused():
+    why = refusal(
+        lambda e, q, k, v, m: attend(e, q, k, v, mask=lambda e, s: R.add(s, m)),
+        (B, H, 1, D), KEY, VALUE, (B, 1, Q, K),
+    )  # fmt: skip
+    assert "does not broadcast to" in why
+
+
+def test_a_select_that_does_not_hide_is_refused():
+    def body(emit, q, k, v, m):
+        keep = emit(R.greater(m, const(0.0)))
+        return attend(emit, q, k, v, mask=lambda e, s: R.where(keep, s, const(-5.0)))
+
+    assert "relax.where stands between" in refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+
+
+def test_a_product_without_softmax_is_none_of_its_business():
+    found, log = fuse(module(lambda emit, q, k: R.matmul(q, k), QUERY, KEY))
+    assert not found
+    assert not log.rejected
+
+
+def test_the_mask_may_be_a_constant():
+    causal = np.triu(np.full((Q, Q), -1e4, np.float32), 1)
+
+    def body(emit, q, k, v):
+        return attend(emit, q, k, v, mask=lambda e, s: R.add(s, relax.const(causal)))
+
+    check_compiled(module(body, QUERY, (B, H, D, Q), (B, H, Q, V)))
+
+
+def test_onnx_encoder_has_one_attention():
+    import tvmstruct
+
+    source = tvmstruct.from_onnx(models.encoder_model())
+    model = tvmstruct.compile(source, buckets="exact")
+    assert "attention" in [record.form for record in model.report().layers]

@@ -1,0 +1,58 @@
+"""How long each kernel of a bucket takes, inside compiled code and on random data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tvm
+
+from tvmstruct.layers import Attention, FeedForward, Layer
+
+if TYPE_CHECKING:
+    from tvmstruct.model import Bucket
+    from tvmstruct.passes.emit_kernels import KernelCall
+
+REPEATS = 5  # medians over so many timings, each of at least MIN_MS
+MIN_MS = 2
+
+
+def measure_layers(bucket: Bucket) -> dict[str, float]:
+    """Return the median seconds of each layer's kernel; merged layers share by multiply-adds."""
+    assert bucket.lowered is not None
+    times: Counter[str] = Counter()
+    cache: dict[tuple[Any, ...], float] = {}
+    attentions = 0
+    for call in bucket.lowered.calls:
+        key = (call.symbol, call.shapes)
+        if key not in cache:
+            cache[key] = _seconds(bucket, call)
+        if isinstance(call.node, Attention):
+            times[f"attention.{attentions}"] = cache[key]
+            attentions += 1
+        for name, share in _shares(call.node).items():
+            times[name] += cache[key] * share
+    return dict(times)
+
+
+def _seconds(bucket: Bucket, call: KernelCall) -> float:
+    rng = np.random.default_rng(0)
+    arrays = [tvm.runtime.tensor(rng.random(s, np.float32)) for s in call.shapes]
+    library = next(lib for lib in bucket.libraries if lib.implements_function(call.symbol))
+    evaluate = library.time_evaluator(
+        call.symbol, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=MIN_MS
+    )
+    return float(evaluate(*arrays).median)
+
+
+def _shares(node: object) -> dict[str, float]:
+    """Return which part of a kernel's time belongs to which layer."""
+    if isinstance(node, Layer):
+        parts = node.parts or (node,)
+    elif isinstance(node, FeedForward):
+        parts = (node.up, node.down)
+    else:
+        return {}
+    total = sum(part.op.macs for part in parts) or 1
+    return {part.names[0]: part.op.macs / total for part in parts}
