@@ -133,6 +133,107 @@ def encoder_model(opset: int = 17, *, positions: int = 32, index_dtype: int = IN
     return make_model(nodes, inputs, [value("hidden", ["b", "s", hidden])], arrays, opset)
 
 
+def bert_weights(
+    layers: int, hidden: int, inner: int, *, rows: int = 60, positions: int = 40, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Return random weights of a BERT-like encoder; matrices are (in, out), as MatMul wants."""
+    generator = rng(seed)
+
+    def matrix(n: int, m: int) -> np.ndarray:
+        return (generator.normal(size=(n, m)) / np.sqrt(n)).astype(np.float32)
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        gain, shift = generator.normal(size=(2, hidden)).astype(np.float32) * 0.1
+        return {f"{name}.weight": 1 + gain, f"{name}.bias": shift}
+
+    weights = {
+        "embeddings.words": generator.normal(size=(rows, hidden)).astype(np.float32),
+        "embeddings.positions": generator.normal(size=(positions, hidden)).astype(np.float32),
+        **norm("embeddings.norm"),
+    }
+    for i in range(layers):
+        at = f"encoder.layer.{i}"
+        parts = dict.fromkeys(("query", "key", "value", "attention.output"), (hidden, hidden))
+        parts |= {"intermediate": (hidden, inner), "output": (inner, hidden)}
+        for part, shape in parts.items():
+            weights[f"{at}.{part}.weight"] = matrix(*shape)
+            weights[f"{at}.{part}.bias"] = matrix(1, shape[1])[0] * 0.1
+        weights |= norm(f"{at}.attention.norm") | norm(f"{at}.norm")
+    return weights
+
+
+def bert_model(weights: Mapping[str, np.ndarray], heads: int) -> ModelProto:
+    """Return a BERT-like encoder as torch exports it, with erf GELU and LayerNormalization."""
+    hidden = weights["embeddings.norm.weight"].shape[0]
+    layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder."))
+    arrays = dict(weights) | {
+        "one_index": np.array([1], np.int64),
+        "zero_vector": np.array([0], np.int64),
+        "split": np.array([0, 0, heads, hidden // heads], np.int64),
+        "merge": np.array([0, 0, hidden], np.int64),
+        "mask_axes": np.array([1, 2], np.int64),
+        "one": np.float32(1),
+        "half": np.float32(0.5),
+        "lowest": np.array(np.finfo(np.float32).min),
+        "root": np.float32(np.sqrt(hidden // heads)),
+        "root2": np.float32(np.sqrt(2)),
+    }
+    n = helper.make_node
+    nodes = [
+        n("Shape", ["input_ids"], ["shape"]),
+        n("Gather", ["shape", "one_index"], ["end"]),
+        n("Slice", ["embeddings.positions", "zero_vector", "end", "zero_vector"], ["places"]),
+        n("Gather", ["embeddings.words", "input_ids"], ["words"]),
+        n("Add", ["words", "places"], ["embedded"]),
+        n("Unsqueeze", ["attention_mask", "mask_axes"], ["mask4"]),
+        n("Cast", ["mask4"], ["mask_float"], to=FLOAT),
+        n("Sub", ["one", "mask_float"], ["hide"]),
+        n("Mul", ["hide", "lowest"], ["additive"]),
+    ]
+
+    def norm(x: str, name: str, out: str) -> None:
+        scale = [f"{name}.weight", f"{name}.bias"]
+        nodes.append(n("LayerNormalization", [x, *scale], [out], axis=-1, epsilon=1e-12))
+
+    def dense(x: str, name: str, out: str) -> None:
+        nodes.append(n("MatMul", [x, f"{name}.weight"], [f"{out}.product"]))
+        nodes.append(n("Add", [f"{name}.bias", f"{out}.product"], [out]))
+
+    norm("embedded", "embeddings.norm", "x.0")
+    for i in range(layers):
+        at, x = f"encoder.layer.{i}", f"x.{i}"
+        for part, axes in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3])):
+            dense(x, f"{at}.{part}", f"{at}.{part}")
+            nodes.append(n("Reshape", [f"{at}.{part}", "split"], [f"{at}.{part}.split"]))
+            nodes.append(n("Transpose", [f"{at}.{part}.split"], [f"{at}.{part}.heads"], perm=axes))
+        nodes += [
+            n("MatMul", [f"{at}.query.heads", f"{at}.key.heads"], [f"{at}.scores"]),
+            n("Div", [f"{at}.scores", "root"], [f"{at}.scaled"]),
+            n("Add", [f"{at}.scaled", "additive"], [f"{at}.masked"]),
+            n("Softmax", [f"{at}.masked"], [f"{at}.probabilities"], axis=-1),
+            n("MatMul", [f"{at}.probabilities", f"{at}.value.heads"], [f"{at}.mixed"]),
+            n("Transpose", [f"{at}.mixed"], [f"{at}.back"], perm=[0, 2, 1, 3]),
+            n("Reshape", [f"{at}.back", "merge"], [f"{at}.context"]),
+        ]
+        dense(f"{at}.context", f"{at}.attention.output", f"{at}.attended")
+        nodes.append(n("Add", [f"{at}.attended", x], [f"{at}.sum"]))
+        norm(f"{at}.sum", f"{at}.attention.norm", f"{at}.middle")
+        dense(f"{at}.middle", f"{at}.intermediate", f"{at}.wide")
+        nodes += [
+            n("Div", [f"{at}.wide", "root2"], [f"{at}.wide.scaled"]),
+            n("Erf", [f"{at}.wide.scaled"], [f"{at}.erf"]),
+            n("Add", [f"{at}.erf", "one"], [f"{at}.erf.one"]),
+            n("Mul", [f"{at}.wide", f"{at}.erf.one"], [f"{at}.twice"]),
+            n("Mul", [f"{at}.twice", "half"], [f"{at}.gelu"]),
+        ]
+        dense(f"{at}.gelu", f"{at}.output", f"{at}.down")
+        nodes.append(n("Add", [f"{at}.down", f"{at}.middle"], [f"{at}.total"]))
+        norm(f"{at}.total", f"{at}.norm", "hidden" if i == layers - 1 else f"x.{i + 1}")
+    shape = ["batch", "sequence"]
+    inputs = [value("input_ids", shape, INT64), value("attention_mask", shape, INT64)]
+    return make_model(nodes, inputs, [value("hidden", ["batch", "sequence", hidden])], arrays)
+
+
 def run_module(mod, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Build with TVM's default pipeline and run."""
     import tvm

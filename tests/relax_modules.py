@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import tvm
 from tvm import relax
 
@@ -18,6 +19,10 @@ from tvmstruct.rewrite import Graph, Log, Rule, apply_rule
 from tvmstruct.testing import tolerance
 
 R = relax.op
+structure_and_numbers = pytest.mark.parametrize(
+    "numbers",
+    [pytest.param(False, id="structure"), pytest.param(True, id="numbers", marks=pytest.mark.slow)],
+)
 MODEL_BOUND = tolerance("float32", 256)
 
 

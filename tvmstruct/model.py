@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import is_
 from pathlib import Path
@@ -21,7 +22,7 @@ from tvmstruct.errors import InputError
 from tvmstruct.frontends.source import TensorSpec
 from tvmstruct.padding import Padder
 from tvmstruct.report import LayerRecord, Report
-from tvmstruct.targets import TargetSpec
+from tvmstruct.targets import TargetSpec, check_runs_here, host_features
 
 if TYPE_CHECKING:
     from tvmstruct.artifact import Artifact
@@ -68,17 +69,12 @@ class Bucket:
         self.shapes, self.dtypes, self.libraries = shapes, dtypes, tuple(libraries)
         self._idle: deque[Runner] = deque()  # a virtual machine serves one call at a time
         self._copied: frozenset[int] | None = None
-        self.last: tuple[tuple[Any, ...], tuple[Any, ...]] = (
-            (),
-            (),
-        )  # arrays that needed no copy, their tensors
+        # The arrays of the last call, where none needed a copy, and the tensors on their memory.
+        self.last: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run on arrays of exactly the compiled shapes and dtypes."""
-        try:
-            runner = self._idle.pop()
-        except IndexError:
-            runner = Runner(self.executable, self.shapes, self.dtypes)
+        runner = self._runner()
         try:
             seen, tensors = self.last
             if len(seen) != len(arrays) or not all(map(is_, seen, arrays)):
@@ -90,19 +86,33 @@ class Bucket:
             if self._copied is None:
                 again = _listed(runner.main(*tensors, *self.weights))
                 self._copied = _not_fresh(out, again)
-            if not self._copied:
-                return list(map(to_numpy, out))
-            return [to_numpy(o).copy() if i in self._copied else to_numpy(o)
-                    for i, o in enumerate(out)]  # fmt: skip
         finally:
             self._idle.append(runner)
+        if not self._copied:
+            return list(map(to_numpy, out))
+        return [to_numpy(o).copy() if i in self._copied else to_numpy(o) for i, o in enumerate(out)]
+
+    def run_single(self, tensors: tuple[Any, ...]) -> np.ndarray:
+        """Run on the tensors of the last call, for a model of one output that has run before."""
+        runner = self._runner()
+        try:
+            out = to_numpy(runner.main(*tensors, *self.weights))
+        finally:
+            self._idle.append(runner)
+        return out.copy() if self._copied else out
+
+    def _runner(self) -> Runner:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Runner(self.executable, self.shapes, self.dtypes)
 
 
-def _listed(out: Any) -> list:
+def _listed(out: Any) -> list[Any]:
     return [out] if isinstance(out, tvm.runtime.Tensor) else list(out)
 
 
-def _not_fresh(first: list, second: list) -> frozenset[int]:
+def _not_fresh(first: list[Any], second: list[Any]) -> frozenset[int]:
     """Return the outputs of two calls that share memory: with an input, a weight, each other."""
     places = [o.data_ptr() for o in first]
     again = {o.data_ptr() for o in second}
@@ -136,14 +146,20 @@ class CompiledModel:
         self.threads = _checked_threads(threads)
         self.token_inputs = dict(token_inputs or {})
         self.default_ones, self.default_zeros = tuple(default_ones), tuple(default_zeros)
+        self._foreign = not spec.features <= host_features()
         self._dtypes = [np.dtype(s.dtype) for s in inputs]
         self._ranks = [len(s.shape) for s in inputs]
         self.padder = Padder(self)
         self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
         self._records = {r.name: r for r in records}
         self._seconds: dict[str, float] = {}
+        self._again: tuple[tuple[Any, ...], Key, tuple[Any, ...], Bucket] | None = None
         self._lock = threading.RLock()
-        self._local = threading.local()
+        self._own_thread: ThreadPoolExecutor | None = None
+        if self.threads is not None:
+            self._own_thread = ThreadPoolExecutor(
+                1, "tvmstruct", initializer=_limit_threads, initargs=(self.threads,)
+            )
         self._checks = [
             (i, s.name, self.token_inputs[s.name])
             for i, s in enumerate(inputs)
@@ -152,6 +168,11 @@ class CompiledModel:
 
     def __call__(self, *arrays: Any, **named: Any) -> Any:
         """Return the output, or a tuple of outputs in the source model's order."""
+        if (again := self._again) is not None and not named:
+            seen, shapes, tensors, bucket = again
+            if len(arrays) == len(seen) and all(map(is_, arrays, seen)):
+                if tuple([a.shape for a in arrays]) == shapes:
+                    return bucket.run_single(tensors)
         outputs = self._run(self._bind(arrays, named))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -161,15 +182,32 @@ class CompiledModel:
         return {spec.name: out for spec, out in zip(self.outputs, outputs, strict=True)}
 
     def _run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Run here, or where ``threads`` limits them on a thread of the model's own.
+
+        TVM keeps one pool per Python thread, and a pool can shrink but never grow again.
+        """
+        if self._own_thread is None:
+            return self._serve(arrays)
+        return self._own_thread.submit(self._serve, arrays).result()
+
+    def _serve(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        if self._foreign:
+            check_runs_here(self.spec)
         key = tuple([a.shape for a in arrays])
         for i, name, rows in self._checks:
             _check_ids(name, arrays[i], rows)
-        if self.threads is not None and not hasattr(self._local, "ready"):
-            self._limit_threads()
         bucket = self.buckets.get(key)
-        if bucket is not None:
-            return bucket.run(arrays)
-        return self._run_new(key, arrays)
+        if bucket is None:
+            return self._run_new(key, arrays)
+        try:
+            self.buckets.move_to_end(key)  # used last, so dropped last
+        except KeyError:  # another thread's new bucket has just pushed it out
+            pass
+        outputs = bucket.run(arrays)
+        if len(outputs) == 1 and not self._checks and self.threads is None:
+            seen, tensors = bucket.last  # the same arrays again need no checks at all
+            self._again = (seen, key, tensors, bucket) if seen else None
+        return outputs
 
     def _run_new(self, key: Key, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Serve a shape that is not compiled exactly: pad to a bucket, or compile."""
@@ -182,11 +220,25 @@ class CompiledModel:
 
     def compile_bucket(self, shapes: Shapes, *, background: bool = False) -> None:
         """Compile for these input shapes now, or in the background."""
-        sizes = self._sizes({n: tuple(s) for n, s in shapes.items()})
+        sizes = self._sizes(self._checked_shapes(shapes))
         if background:
             threading.Thread(target=self._bucket, args=(sizes,), daemon=True).start()
         else:
             self._bucket(sizes)
+
+    def _checked_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of inputs as tuples, after checking names, ranks and types."""
+        ranks = {s.name: len(s.shape) for s in self.inputs}
+        for name, shape in shapes.items():
+            if name not in ranks:
+                raise InputError(f"unknown input {name!r}; {self._wanted()}")
+            whole = all(isinstance(n, (int, np.integer)) for n in shape)
+            if len(shape) != ranks[name] or not whole:
+                raise InputError(
+                    f"input {name!r}: shape {tuple(shape)} must be {ranks[name]} whole numbers "
+                    f"(its rank is {ranks[name]}); {self._wanted()}"
+                )
+        return {name: tuple(map(int, shape)) for name, shape in shapes.items()}
 
     def _bucket(self, sizes: Mapping[str, int]) -> Bucket:
         """Return the bucket for exactly these sizes, compiled if it must be."""
@@ -221,6 +273,7 @@ class CompiledModel:
         bucket that was compiled last.
         """
         if measure and self.compiler is not None and self.buckets:
+            check_runs_here(self.spec)
             from tvmstruct.measure import measure_layers
 
             self._seconds = measure_layers(next(reversed(self.buckets.values())))
@@ -305,9 +358,10 @@ class CompiledModel:
         parts = (f"{s.name}: {s.dtype}{list(s.shape)}" for s in self.inputs)
         return f"the model takes {', '.join(parts)}"
 
-    def _limit_threads(self) -> None:
-        tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
-        self._local.ready = True
+
+def _limit_threads(threads: int) -> None:
+    """Set the size of the calling thread's pool: mode 1 is "as many as asked for"."""
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
 
 
 def _checked(spec: TensorSpec, value: Any) -> np.ndarray:

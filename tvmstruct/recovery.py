@@ -20,6 +20,7 @@ from tvmstruct.fit import Fit, sketch
 from tvmstruct.ops import Array
 
 UNIT_ROUNDOFF = {"float64": 2**-53, "float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
+LINE_ERROR = 1e-3  # relative error of a single row or column that still counts as rounding
 REPLACEABLE = ("float64", "float32")  # rounding to 16 bits hides what was exact
 PADDED_SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
 LEAST_SIDE = 16
@@ -317,9 +318,23 @@ def _verify(
         direct = candidate.family in ("block_diagonal", "lgp_shuffle")
         options = {} if direct else {"solver": sketch}
         found = FAMILIES[candidate.family].nearest(w, **candidate.parameters, **options)
-        if found.error <= tolerance:
+        if found.error <= tolerance and _holds_everywhere(found, w, tolerance):
             return candidate, found
     return None, None
+
+
+def _holds_everywhere(found: Fit, w: Array, tolerance: float) -> bool:
+    """Return whether no row and no column is lost beside much larger ones.
+
+    The Frobenius norm of a weight with one huge entry hides all its others.
+    """
+    wide = w.astype(np.float64)
+    residual = wide - found.op.to_dense()
+    limit = max(LINE_ERROR, 10 * tolerance)
+    return all(
+        bool(np.all(np.linalg.norm(residual, axis=a) <= limit * np.linalg.norm(wide, axis=a)))
+        for a in (0, 1)
+    )
 
 
 def _per_family(candidates: list[Candidate]) -> tuple[Candidate, ...]:

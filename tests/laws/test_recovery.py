@@ -204,3 +204,12 @@ def test_weights_that_cannot_be_tested_are_declined(w: np.ndarray, why: str) -> 
 def test_unknown_stored_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="stored_dtype='int8'; want one of float64, float32"):
         recover(normal(32, 32), stored_dtype="int8")
+
+
+@pytest.mark.parametrize("place", [(0, 0), (100, 50)])
+def test_one_huge_entry_hides_nothing(place: tuple[int, int]) -> None:
+    w = normal(192, 288).astype(np.float32)
+    w[place] = 3e38
+    assert recover(w).fit is None
+    w[place] = 1e9
+    assert recover(w).fit is None

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Reshapes and transposes that cancel, before and after."""
 
 from __future__ import annotations

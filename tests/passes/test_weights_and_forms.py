@@ -18,6 +18,7 @@ from tvmstruct.passes.emit_kernels import EmitKernels
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.recover_structure import RecoverStructure
+from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
 from tvmstruct.planning import LayerPlan, Plan
 from tvmstruct.rewrite import Log, apply_rule
@@ -144,22 +145,19 @@ class Pays:
         return True
 
 
+PAYS = Pays()
+
+
 def feed_forward(emit, x, *, between=lambda emit, h: R.nn.gelu(h)):
     h = emit(R.add(emit(R.matmul(x, const(PLAIN))), const(np.arange(64) / 64)))
     h = emit(between(emit, h))
     return R.matmul(h, const(models.weight(64, 48, seed=4)))
 
 
-def split(body, *shapes, kernels=Pays()):
+def split(body, *shapes, kernels=PAYS):
     mod, table, _ = dense(module(body, *shapes))
-    mod, _ = transform(mod, SimplifyLayoutTwice(), SplitFeedForward(table, kernels))
+    mod, _ = transform(mod, SimplifyLayout(), SplitFeedForward(table, kernels))
     return nodes(mod, table)
-
-
-def SimplifyLayoutTwice():
-    from tvmstruct.passes.simplify_layout import SimplifyLayout
-
-    return SimplifyLayout()
 
 
 def test_two_layers_in_a_row_become_one_call():
@@ -336,7 +334,7 @@ def test_gathers_are_made_safe():
         return R.take(const(table), emit(R.astype(x, "int64")), axis=0)
 
     mod = module(body, (5,), dtype="int32")
-    after, log = transform(mod, ClipGathers())
+    after, _ = transform(mod, ClipGathers())
     take = next(v for v in compat_values(after) if compat.op_name(v) == "relax.take")
     assert str(take.attrs.mode) == "clip"
     wild = np.array([0, 8, 2**31 - 1, -(2**31), 4], np.int32)
