@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatchmethod
+from functools import cache, singledispatchmethod
 
 import numpy as np
 from tvm import relax
@@ -11,19 +12,28 @@ from tvm import relax
 from tvmstruct import compat, ops
 from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, LayerTable, Node, arguments
 from tvmstruct.rewrite import Graph
-from tvmstruct.schedules import Kernels
+from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
+Shapes = tuple[tuple[int, ...], ...]
+Select = Callable[[Kernel, Shapes], Kernel]
+
+
+def keep_default(kernel: Kernel, shapes: Shapes) -> Kernel:
+    """Select no tuned kernel."""
+    return kernel
+
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A kernel as one node calls it: the shapes of its float32 arguments, output last."""
+    """A kernel as one node calls it: shapes and dtypes of its arguments, output last."""
 
     node: Node
     symbol: str
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
+    dtypes: tuple[str, ...]
 
 
 class EmitKernels:
@@ -31,8 +41,14 @@ class EmitKernels:
 
     name = "emit_kernels"
 
-    def __init__(self, table: LayerTable, kernels: Kernels, store: WeightStore) -> None:
-        self.table, self.kernels, self.store = table, kernels, store
+    def __init__(
+        self,
+        table: LayerTable,
+        kernels: Kernels,
+        store: WeightStore,
+        select: Select = keep_default,
+    ) -> None:
+        self.table, self.kernels, self.store, self.select = table, kernels, store, select
         self.used: dict[str, Kernel] = {}
         self.calls: list[KernelCall] = []
 
@@ -44,9 +60,11 @@ class EmitKernels:
         shape = compat.static_shape(call)
         assert shape is not None
         kernel, args = self._kernel(node, arguments(call), shape)
+        shapes = (*(s for a in args if (s := compat.static_shape(a)) is not None), shape)
+        kernel = self.select(kernel, shapes)
         self.used[kernel.symbol] = kernel
-        shapes = [s for a in args if (s := compat.static_shape(a)) is not None]
-        self.calls.append(KernelCall(node, kernel.symbol, (*shapes, shape)))
+        dtypes = (*(compat.dtype_of(a) for a in args), "float32")
+        self.calls.append(KernelCall(node, kernel.symbol, shapes, dtypes))
         return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
 
     @singledispatchmethod
@@ -60,6 +78,11 @@ class EmitKernels:
         x, *residual = args
         if isinstance(node.op, ops.Dense):
             n_in, n_out = node.op.w.shape
+            if node.precision != "f32":
+                precision = self.kernels.precision(node.precision)
+                kernel = precision.kernel(n_out, n_in, node.epilogue, shape[0])
+                words = self._low_precision(node, precision)
+                return kernel, [x, *words, *self._bias(node), *residual]
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
             return kernel, [x, *self._packed(node), *residual]
         program = self.store.program(node.key, node.op, self.kernels.lanes)
@@ -85,6 +108,16 @@ class EmitKernels:
         width, w = self.kernels.panel_width, layer.op.w
         tensor = self.store.tensor(f"{layer.key}#packed{width}", lambda: pack(w, width))
         return [relax.const(tensor), *self._bias(layer)]
+
+    def _low_precision(self, layer: Layer, precision: Precision) -> list[relax.Expr]:
+        """Return the tensors of a weight in the layer's precision."""
+        assert isinstance(layer.op, ops.Dense)
+        tensors = cache(lambda: precision.tensors(layer.op.w))
+        key = f"{layer.key}#{layer.precision}"
+        return [
+            relax.const(self.store.tensor(f"{key}.{name}", lambda name=name: tensors()[name]))
+            for name in precision.names
+        ]
 
     def _bias(self, layer: Layer) -> list[relax.Expr]:
         if layer.bias is None:

@@ -60,7 +60,9 @@ class MergeSharedInput:
         first = sources[groups[0]]
         rows = compat.static_shape(first)
         assert rows is not None
-        layer = Layer(names, ops.Dense(weights), bias=bias, parts=tuple(some))
+        layer = Layer(
+            names, ops.Dense(weights), bias=bias, parts=tuple(some), precision=some[0].precision
+        )
         call = self.table.call(layer, arguments(first), (rows[0], weights.shape[1]))
         return call, weights.shape[1]
 
@@ -77,7 +79,14 @@ def _same_input(graph: Graph, args, sources, layers) -> list[int]:
         and graph.single(arg)
     ]
     rows = {i: arguments(sources[i])[0] for i in plain}
-    groups = [[j for j in plain if _same_rows(graph, rows[i], rows[j])] for i in plain]
+    groups = [
+        [
+            j
+            for j in plain
+            if layers[i].precision == layers[j].precision and _same_rows(graph, rows[i], rows[j])
+        ]
+        for i in plain
+    ]
     return max(groups, key=len, default=[])
 
 

@@ -38,4 +38,4 @@ class SplitFeedForward:
 
 
 def _plain(layer: Layer) -> bool:
-    return isinstance(layer.op, ops.Dense)
+    return isinstance(layer.op, ops.Dense) and layer.precision == "f32"

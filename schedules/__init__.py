@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
+
+
+class Precision(Protocol):
+    """Dense layers in a precision other than f32."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of a weight in the order that the kernel takes them."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What the report says of it."""
+        ...
+
+    def kernel(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
+        """Return the kernel: x, the tensors ``names`` of the weight, [bias], [residual], y."""
+        ...
+
+    def tensors(self, w: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Return what the kernel reads of a (k, n) weight."""
+        ...
 
 
 class Kernels(Protocol):
@@ -19,6 +43,10 @@ class Kernels(Protocol):
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return a dense layer on packed weights."""
+        ...
+
+    def precision(self, name: str) -> Precision:
+        """Return how dense layers of that precision are computed, or raise TargetError."""
         ...
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:

@@ -104,6 +104,8 @@ def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     Works before and after scheduling, on scalar and vector calls. Run it after the schedule
     where inlining matters: the written-out form hides the call from pattern matchers.
+    ``max(x, 0)`` becomes ``max(0, x)``, as x86 returns the second operand for NaN, and a relu
+    has to let NaN pass.
     """
 
     def replace(call: Call) -> Value:
@@ -112,7 +114,12 @@ def replace_math(func: tirx.PrimFunc) -> tirx.PrimFunc:
             return call
         return build(call.args[0])
 
-    return tvm_ffi.structural_map(func, (Call, replace), order="post")
+    def constant_first(value: tirx.Max) -> Value:
+        swap = isinstance(value.b, tirx.FloatImm) and not isinstance(value.a, tirx.FloatImm)
+        return tirx.Max(value.b, value.a) if swap else value
+
+    rules = (Call, replace), (tirx.Max, constant_first)
+    return tvm_ffi.structural_map(func, rules, order="post")
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="LowerVectorMath")

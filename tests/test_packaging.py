@@ -15,6 +15,7 @@ LISTS = {
     "bench": "bench",
     "plot": "dev",
     "notebook": "dev",
+    "tune": "dev",
     "dev": "dev",
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.catalogue import EXPRESSIONS
 from tvmstruct import ops
+from tvmstruct.families import FAMILIES
 from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero, lower, merge, split
 from tvmstruct.testing import tolerance
 
@@ -43,6 +44,8 @@ def _packed(s: MatMul, g: int, p: int, q: int) -> int:
         g = 0 if s.shared else g
         return ((g * (s.q // width) + q // width) * s.p + p) * width + q % width
     chunk, t = divmod(q, s.tile)
+    if s.shared:
+        return (chunk * s.p + p) * s.tile + t
     block, lane = divmod(g, s.lanes)
     return (((chunk * (s.groups // s.lanes) + block) * s.p + p) * s.tile + t) * s.lanes + lane
 
@@ -90,25 +93,24 @@ def test_lowering_never_makes_a_matrix_dense(name, monkeypatch):
         monkeypatch.setattr(node, "to_dense", refuse)
     op = EXPRESSIONS[name]
     stored = sum(np.count_nonzero(w) for w in lower(op, 16).weights)
-    uses = sum(np.count_nonzero(a) for a in op.leaf_arrays())
-    most = max(op.n_in, op.n_out, *(math_sizes(op)))
-    assert stored <= uses * most  # a shared block may come once per group of lanes
+    assert stored == sum(np.count_nonzero(a) for a in op.leaf_arrays())
     assert lower(op, 16).key == lower(op, 16).key
 
 
-def math_sizes(op: ops.Op) -> list[int]:
-    """Return how often each shared block is used."""
-    parts = op.factors if isinstance(op, ops.Product) else ()
-    parts = op.terms if isinstance(op, ops.Sum) else parts
-    own = [op.blocks] if isinstance(op, ops.SharedBlockDiag) else [1]
-    return [*own, *(n for part in parts for n in math_sizes(part))]
+SIZES = [  # the families at sizes that are multiples of the lanes
+    ("vvma", (768, 3072), {"k": 32}),
+    ("vvma", (384, 384), {"k": 48, "transposed": False}),
+    ("kronecker", (512, 512), {"r": 3, "a": (16, 32), "b": (32, 16)}),
+    ("lgp_shuffle", (384, 1536), {"g": 8}),
+    ("low_rank", (384, 1536), {"r": 16}),
+    ("block_diagonal", (384, 1536), {"g": 16}),
+]
 
 
-def test_lowering_packs_every_array_of_a_family_once(rng):
-    """Without a shared block that lanes run across, weights are the arrays, padded to vectors."""
-    op = ops.BlockDiag(rng.normal(size=(3, 5, 8))) @ ops.Diag(rng.normal(size=24))
-    program = lower(op, 8)
-    assert [w.size for w in program.weights] == [3 * 5 * 8, 24]
+@pytest.mark.parametrize(("family", "shape", "parameters"), SIZES)
+def test_packed_weights_take_no_more_than_the_parameters(family, shape, parameters, rng):
+    op = FAMILIES[family].nearest(rng.normal(size=shape), **parameters).op
+    assert sum(w.size for w in lower(op, 16).weights) == op.params
 
 
 def test_permutations_at_the_end_and_beginning_cost_one_copy_at_most(rng):

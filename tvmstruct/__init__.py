@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tvmstruct.planning import LayerPlan, Plan
     from tvmstruct.report import Report
     from tvmstruct.targets import resolve as resolve_target
+    from tvmstruct.tuning import TuneReport, tune
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,9 @@ _HOME = {
     "LayerPlan": "planning",
     "Plan": "planning",
     "Report": "report",
+    "TuneReport": "tuning",
     "resolve_target": "targets",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Plan",
     "Report",
     "Source",
+    "TuneReport",
     "compile",
     "from_onnx",
     "from_pretrained",
@@ -50,6 +54,7 @@ __all__ = [
     "from_torch",
     "load",
     "resolve_target",
+    "tune",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: compile, run, report, demo. Heavy modules are imported when they are used."""
+"""The command line: each command imports heavy modules when it is used."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ ShapeOption = Annotated[
         help="Shape to compile for; naming an input again starts the next shape bucket.",
     ),
 ]
+Precision = Annotated[
+    str, typer.Option(help="Of dense layers: f32, bf16, bf16-weights or int8; the last three lose.")
+]
+Measure = Annotated[bool, typer.Option("--measure", help="Time each layer on random data.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -96,6 +100,7 @@ def compile_model(
     target: Target = "host",
     plan: Plan = None,
     shape: ShapeOption = None,
+    precision: Precision = "f32",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +111,7 @@ def compile_model(
     from tvmstruct.progress import working
 
     started = time.perf_counter()
-    compiled = _open(model, target, plan, threads)
+    compiled = _open(model, target, plan, threads, precision)
     buckets = _compile_buckets(compiled, _parse_shapes(shape))
     with working(f"writing {output}"):
         compiled.save(output)
@@ -179,16 +184,18 @@ def report(
     target: Target = "host",
     plan: Plan = None,
     shape: ShapeOption = None,
+    precision: Precision = "f32",
+    measure: Measure = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Say for every layer of MODEL what it became, what it costs, and why."""
     _check_folder(html)
-    compiled = _open(model, target, plan, threads)
+    compiled = _open(model, target, plan, threads, precision)
     if model.suffix != ".tvms":
         wanted = _parse_shapes(shape)
         _compile_buckets(compiled, wanted or default_buckets(compiled.inputs)[-1:])
-    found = compiled.report()
+    found = compiled.report(measure=True) if measure else compiled.report()
     if html is not None:
         title = f"<!doctype html><meta charset=utf-8><title>{model.name}</title>"
         html.write_text(title + found._repr_html_(), encoding="utf-8")
@@ -196,6 +203,67 @@ def report(
         typer.echo(found.to_json())
     else:
         found.show()
+
+
+@app.command(
+    epilog="Example: tvmstruct tune model.onnx --shape input_ids=1x128 --trials 200 "
+    "--database tuned/"
+)
+def tune(
+    model: SourceModel,
+    target: Target = "host",
+    shape: ShapeOption = None,
+    trials: Annotated[
+        int, typer.Option(help="Schedules to measure for each kernel and shape.")
+    ] = 200,
+    database: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the records; kept and added to.")
+    ] = Path("tuned"),
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            "--rpc-tracker", metavar="HOST:PORT", help="Measure on the servers of a TVM tracker."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--rpc-key", help="Which servers of the tracker.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure schedules of every kernel of MODEL, keep the best; an interrupted run goes on."""
+    rpc = _tracker(tracker, key)
+    from tvmstruct.progress import working
+
+    with working(f"reading {model}"):
+        import tvmstruct
+
+        source = tvmstruct.from_pretrained(model) if model.is_dir() else tvmstruct.from_onnx(model)
+    wanted = _parse_shapes(shape) or default_buckets(source.inputs)
+    report = tvmstruct.tune(
+        source,
+        target,
+        shapes=[complete(bucket, source.inputs) for bucket in wanted],
+        trials=trials,
+        database=database,
+        rpc=rpc,
+        seed=seed,
+    )
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        report.show()
+        typer.echo(f"records: {database}; use them with compile(..., database={str(database)!r})")
+
+
+def _tracker(address: str | None, key: str | None) -> tuple[str, int, str] | None:
+    """Return (host, port, key) of --rpc-tracker and --rpc-key, which come together."""
+    if address is None and key is None:
+        return None
+    host, _, port = (address or "").rpartition(":")
+    if not (host and port.isdecimal() and key):
+        raise typer.BadParameter("give both: --rpc-tracker HOST:PORT and --rpc-key KEY")
+    return host, int(port), key
 
 
 @app.command(epilog="Example: tvmstruct demo --json > demo.json")
@@ -216,7 +284,9 @@ def _check_folder(output: Path | None) -> None:
         raise typer.BadParameter(f"{output}: there is no folder {output.parent}")
 
 
-def _open(path: Path, target: str, plan: Path | None, threads: int | None) -> Any:
+def _open(
+    path: Path, target: str, plan: Path | None, threads: int | None, precision: str = "f32"
+) -> Any:
     """Return the CompiledModel of an .onnx file, a Hugging Face folder or a .tvms file."""
     from tvmstruct.progress import working
 
@@ -226,7 +296,10 @@ def _open(path: Path, target: str, plan: Path | None, threads: int | None) -> An
         if path.suffix == ".tvms":
             return tvmstruct.load(path)
         source = tvmstruct.from_pretrained(path) if path.is_dir() else tvmstruct.from_onnx(path)
-        return tvmstruct.compile(source, target, plan=plan and _read_plan(plan), threads=threads)
+        options = {} if precision == "f32" else {"precision": precision}
+        return tvmstruct.compile(
+            source, target, plan=plan and _read_plan(plan), threads=threads, **options
+        )
 
 
 def _read_plan(path: Path) -> Any:

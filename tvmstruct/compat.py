@@ -63,3 +63,20 @@ def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
 def dtype_of(expr: relax.Expr) -> str:
     """Return the dtype of a tensor expression."""
     return str(getattr(type_of(expr), "dtype", ""))
+
+
+def tune_context(mod: tvm.IRModule, target: tvm.target.Target):
+    """Return MetaSchedule's context, which cost models read, without its constructor.
+
+    That imports all of TVM's tensor intrinsics, which takes up to two minutes.
+    """
+    from tvm.s_tir.meta_schedule import TuneContext, _ffi_api
+    from tvm.s_tir.meta_schedule.logging import get_logger, get_logging_func
+
+    context = TuneContext.__new__(TuneContext)
+    logging = get_logging_func(get_logger(__name__))
+    context.__init_handle_by_constructor__(
+        _ffi_api.TuneContext, mod, target, None, None, "main", 1, 0, logging
+    )
+    _ffi_api.TuneContextInitialize(context)
+    return context

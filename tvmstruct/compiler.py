@@ -12,15 +12,16 @@ import tvm
 
 from tvmstruct import pipeline
 from tvmstruct.buckets import Policy
+from tvmstruct.database import selector
 from tvmstruct.errors import InputError, PlanError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.model import Bucket, CompiledModel
 from tvmstruct.planning import Plan
 from tvmstruct.schedules.x86 import X86Kernels
-from tvmstruct.targets import TargetSpec, check_runs_here, resolve
+from tvmstruct.targets import TargetSpec, resolve
 
 Shapes = Mapping[str, Sequence[int]]
-PRECISIONS = ("f32",)
+PRECISIONS = ("f32", "bf16", "bf16-weights", "int8")
 
 
 def compile(
@@ -32,22 +33,27 @@ def compile(
     skip: None = None,
     buckets: str | Sequence[Mapping[str, int]] = "auto",
     threads: int | None = None,
-    database: None = None,
+    database: str | Path | None = None,
 ) -> CompiledModel:
     """Compile a model; without a plan the result is the same function up to float rounding.
 
-    ``plan`` names layers and the forms they take. ``buckets`` is "auto" (pad a batch or a
+    ``plan`` names layers and the forms they take. ``precision`` is how dense layers multiply:
+    "f32", "bf16" (weights and inputs of the product in bfloat16), "bf16-weights" (weights only) or
+    "int8" (a scale per output column and per row of the input); the sums are float32 or exact
+    int32, structured layers, attention and normalisation stay in float32, and ``report()`` says
+    what every layer lost. ``buckets`` is "auto" (pad a batch or a
     length to the next of a few sizes where that provably or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
     first used; one small shape is compiled at once, so that errors come now and ``report()``
-    has something to say.
+    has something to say. ``database`` is a folder that ``tune`` wrote: kernels whose exact shape
+    it has run as tuned, the others as records that come with tvmstruct or their own default say.
 
-    Raises TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
+    Raises TuningError, TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
     """
-    _check_options(precision, skip, database)
+    _check_options(precision, skip)
     spec = resolve(target)
     source = as_source(source)
-    compiler = Compiler(source, spec, _plan(plan, source))
+    compiler = Compiler(source, spec, _plan(plan, source), precision, database)
     model = CompiledModel(
         source.inputs,
         source.outputs,
@@ -77,12 +83,22 @@ def load(path: str | Path) -> CompiledModel:
 class Compiler:
     """Compiles one shape after the other; code and weights are shared between them."""
 
-    def __init__(self, source: Source, spec: TargetSpec, plan: Plan) -> None:
+    def __init__(
+        self,
+        source: Source,
+        spec: TargetSpec,
+        plan: Plan,
+        precision: str = "f32",
+        database: str | Path | None = None,
+    ) -> None:
         self.source = source
-        self.session = pipeline.Session(spec, X86Kernels(spec.isa, spec.threads), plan)
+        kernels = X86Kernels(spec.isa, spec.threads, spec.features)
+        self.session = pipeline.Session(spec, kernels, plan, precision=precision)
+        self.session.select = selector(database, spec)
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
-        check_runs_here(spec)
+        if precision != "f32":
+            kernels.precision(precision)  # raises where the target lacks the instructions
 
     def bucket(self, shapes: Shapes) -> Bucket:
         """Return the compiled bucket for exactly these input shapes."""
@@ -131,9 +147,8 @@ def _plan(plan: Plan | Mapping[str, Any] | str | Path | None, source: Source) ->
     return Plan.from_json(plan)
 
 
-def _check_options(precision: str, skip: object, database: object) -> None:
+def _check_options(precision: str, skip: object) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
-    for name, value in (("skip", skip), ("database", database)):
-        if value is not None:
-            raise InputError(f"{name}={value!r}: this version has no {name}; leave it None")
+    if skip is not None:
+        raise InputError(f"skip={skip!r}: this version has no skip; leave it None")

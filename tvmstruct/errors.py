@@ -29,5 +29,9 @@ class ArtifactError(TvmstructError, ValueError):
     """A saved model is damaged, was made by another version, or needs another CPU."""
 
 
+class TuningError(TvmstructError, ValueError):
+    """Tuning cannot start or go on: its options, its tracker, or the folder of its records."""
+
+
 class MissingDependencyError(TvmstructError, ImportError):
     """An optional package is needed; the message says which extra installs it."""

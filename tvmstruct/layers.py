@@ -30,6 +30,7 @@ class Layer:
     activation: str = "none"
     residual: bool = False
     parts: tuple[Layer, ...] = ()  # the layers that a merged one stands for
+    precision: str = "f32"
 
     @property
     def key(self) -> str:
@@ -87,6 +88,8 @@ class Form:
     parameters: Mapping[str, object] = field(default_factory=dict)
     error: float = 0.0
     reason: str = ""
+    precision: str = "f32"
+    bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
 Node = Layer | FeedForward | Attention | LayerNorm

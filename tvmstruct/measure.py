@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REPEATS = 5  # medians over so many timings, each of at least MIN_MS
 MIN_MS = 2
+WORD = 0x3F803F80  # packed weights: twice 1 in bfloat16, or four bytes
 
 
 def measure_layers(bucket: Bucket) -> dict[str, float]:
@@ -38,12 +39,20 @@ def measure_layers(bucket: Bucket) -> dict[str, float]:
 
 def _seconds(bucket: Bucket, call: KernelCall) -> float:
     rng = np.random.default_rng(0)
-    arrays = [tvm.runtime.tensor(rng.random(s, np.float32)) for s in call.shapes]
+    arrays = [
+        tvm.runtime.tensor(_random(rng, *a)) for a in zip(call.shapes, call.dtypes, strict=True)
+    ]
     library = next(lib for lib in bucket.libraries if lib.implements_function(call.symbol))
     evaluate = library.time_evaluator(
         call.symbol, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=MIN_MS
     )
     return float(evaluate(*arrays).median)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return rng.random(shape, np.float32)
+    return np.full(shape, WORD, dtype)  # random bits would hold denormal numbers and NaN
 
 
 def _shares(node: object) -> dict[str, float]:

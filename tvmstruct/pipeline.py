@@ -9,14 +9,16 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
+from tvm.script.ir_builder import tirx as T
 
 from tvmstruct import compat
 from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
 from tvmstruct.layers import Form, LayerTable
 from tvmstruct.passes.apply_plan import ApplyPlan
 from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
+from tvmstruct.passes.choose_precision import ChoosePrecision
 from tvmstruct.passes.clip_gathers import ClipGathers
-from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall
+from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall, Select, keep_default
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
@@ -31,6 +33,7 @@ from tvmstruct.records import fused_records, layer_records, refused_records
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Log, Rule, apply_rule
 from tvmstruct.schedules import Kernels
+from tvmstruct.schedules.builder import argument, i64, prim_func
 from tvmstruct.schedules.registry import KERNEL, Kernel
 from tvmstruct.targets import TargetSpec
 from tvmstruct.weights import WeightStore
@@ -47,6 +50,8 @@ class Session:
     plan: Plan = field(default_factory=Plan)
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
+    select: Select = keep_default
+    precision: str = "f32"
 
 
 @dataclass
@@ -71,7 +76,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     for rule in _fuse(table, session):
         mod = apply_rule(mod, rule, log)
     layers += [*fused_records(mod, table), *refused_records(log)]
-    emit = EmitKernels(table, session.kernels, session.store)
+    emit = EmitKernels(table, session.kernels, session.store, session.select)
     lift = LiftConstants(session.store)
     for rule in (emit, lift):
         mod = apply_rule(mod, rule, log)
@@ -88,6 +93,7 @@ def _find_layers(
     yield SimplifyLayout()
     yield ApplyPlan(table, session.forms, session.plan)
     yield RecoverStructure(table, session.forms, stored)
+    yield ChoosePrecision(table, session.forms, session.kernels, session.precision)
 
 
 def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
@@ -126,8 +132,21 @@ def build(mod: tvm.IRModule, session: Session):
     """Return the Relax executable of a scheduled module."""
     target = session.spec.target
     passes = cpu_pipeline.dataflow_lower_passes(target) + cpu_pipeline.finalize_passes(target)
+    if not any(isinstance(f, tvm.tirx.PrimFunc) for f in mod.functions.values()):
+        mod = tvm.IRModule(mod.functions)
+        mod["tvmstruct_anchor"] = _anchor()  # bytecode without any machine code cannot be saved
     with target:
         return relax.build(mod, target=target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _anchor() -> tvm.tirx.PrimFunc:
+    """Return a function that clears one number: the least machine code there is."""
+
+    def body() -> None:
+        out = argument("out", (i64(1),))
+        T.buffer_store(out, T.float32(0), [i64(0)])
+
+    return prim_func(body).with_attr("global_symbol", "tvmstruct_anchor")
 
 
 def _attr(mod: tvm.IRModule, key: str) -> dict[Any, Any]:

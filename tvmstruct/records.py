@@ -66,9 +66,11 @@ def refused_records(log: Log) -> Iterator[LayerRecord]:
 
 def _layer(layer: Layer, form: Form) -> LayerRecord:
     op = form.op
+    name = form.form if form.precision == "f32" else f"{form.form} {form.precision}"
+    size = 4 * op.params if form.bytes is None else form.bytes
     return LayerRecord(
-        layer.names[0], (op.n_in, op.n_out), form.form, dict(form.parameters), op.params,
-        op.macs, 4 * op.params, None, form.error, form.reason,
+        layer.names[0], (op.n_in, op.n_out), name, dict(form.parameters), op.params,
+        op.macs, size, None, form.error, form.reason,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class MatMul:
     """``groups`` products of p by q; ``vector`` says which axis the lanes run along.
 
     Weights are packed ``[groups][q / (lanes tile)][p][lanes tile]`` for "column" (one group if
-    ``shared``) and ``[q / tile][groups / lanes][p][tile][lanes]`` for "group".
+    ``shared``) and ``[q / tile][groups / lanes][p][tile][lanes]`` for "group" (without groups
+    and lanes if ``shared``: one number serves all lanes).
     """
 
     src: int
@@ -281,22 +282,22 @@ class _Lowering:
         strides = [part[0][1] if part else 0 for part in parts or ()]
         along = next((v for v in (16, 8, 4) if v <= self.lanes and groups % v == 0), 0)
         if strides[0] == 1 and along and p * q > 1:
-            return self._matmul_over_groups(w, groups, x, strides, along)
+            return self._matmul_over_groups(w, groups, x, strides, along, shared)
         return self._matmul_over_columns(w, groups, x, strides, shared)
 
     def _matmul_over_groups(
-        self, w: np.ndarray, groups: int, x: Value, strides: list[int], lanes: int
+        self, w: np.ndarray, groups: int, x: Value, strides: list[int], lanes: int, shared: bool
     ) -> Value:
         """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
-        _, p, q = w.shape
+        count, p, q = w.shape
         tile = 2 if q % 2 == 0 else 1
-        w = np.broadcast_to(w, (groups, p, q))
-        packed = w.reshape(groups // lanes, lanes, p, q // tile, tile).transpose(3, 0, 2, 4, 1)
+        each = 1 if shared else lanes
+        packed = w.reshape(count // each, each, p, q // tile, tile).transpose(3, 0, 2, 4, 1)
         dst = self.new_buffer(groups * q)
         self.emit(
             MatMul(
                 x.buffer, dst, groups, p, q, x.offset, 1, strides[1], 1, groups,
-                self.add_weight(packed), False, "group", lanes, tile,
+                self.add_weight(packed), shared, "group", lanes, tile,
             )
         )  # fmt: skip
         return Value(dst, ((groups, 1), (q, groups)))

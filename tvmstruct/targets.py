@@ -5,8 +5,10 @@ the further instruction sets one by one, so a CPU that LLVM has never heard of i
 Plain ``"llvm"`` means what it means in TVM, the x86-64 baseline, and warns.
 """
 
+import ctypes
 import difflib
 import json
+import platform
 import shlex
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,6 +27,7 @@ CPUINFO = Path("/proc/cpuinfo")
 LEVELS = ("x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64")  # of the psABI, best first
 NOT_YET = ("cuda", "vta")
 FAST_MATH = "fast-math"
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 # Instruction sets that generated code may use: LLVM's name, and the kernel's where it differs.
 KERNEL_NAMES = {
@@ -119,12 +122,26 @@ def check_runs_here(spec: TargetSpec) -> None:
 
 @cache
 def host_features() -> frozenset[str]:
-    """Return this machine's instruction sets under LLVM's names: the kernel's flags, else cpuid."""
+    """Return this machine's instruction sets under LLVM's names: the kernel's flags, else cpuid.
+
+    AMX counts only where Linux grants this process the tile registers, which is asked for here.
+    """
     flags = _flags(_read(CPUINFO))
     if flags:
-        return frozenset(f for f in INSTRUCTION_SETS if KERNEL_NAMES.get(f, f) in flags)
-    found = _llvm("tvm.codegen.llvm.GetHostCPUFeatures")()
-    return frozenset(str(name) for name, on in (found or {}).items() if on) & INSTRUCTION_SETS
+        found = frozenset(f for f in INSTRUCTION_SETS if KERNEL_NAMES.get(f, f) in flags)
+    else:
+        have = _llvm("tvm.codegen.llvm.GetHostCPUFeatures")() or {}
+        found = frozenset(str(name) for name, on in have.items() if on) & INSTRUCTION_SETS
+    if "amx-tile" in found and not permit_tiles():
+        found -= {name for name in found if name.startswith("amx-")}
+    return found
+
+
+def permit_tiles() -> bool:
+    """Ask Linux for the AMX tile registers, for all threads to come; return whether it agrees."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
 
 @cache

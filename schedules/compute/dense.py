@@ -9,7 +9,8 @@ symbolic number of rows needs no predicate.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ HEIGHT = "tvmstruct.height"  # annotation of every sblock: rows of its tile
 
 ACTIVATIONS: dict[str, Callable] = {
     "none": lambda v: v,
-    "relu": lambda v: T.max(v, T.float32(0)),
+    "relu": lambda v: T.max(T.float32(0), v),  # in this order NaN stays NaN
     "tanh": T.tanh,
     "sigmoid": T.sigmoid,
     "gelu": lambda v: v * T.float32(0.5) * (T.float32(1) + T.erf(v * T.float32(0.5**0.5))),
@@ -42,6 +43,23 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
+class Nest:
+    """In which order the tiles of y are computed; the fields after ``parallel`` want fixed rows.
+
+    ``heights`` are the rows of tiles, each as often as it fits. A panel meets ``block`` rows at
+    a time (0: all of them) and ``depth`` of k at a time (0: all of it), the tiles of a block one
+    after the other. The outer loop, of whose turns threads take a share each if ``parallel``,
+    goes over the panels or, with ``blocks_first``, over the blocks of rows.
+    """
+
+    heights: tuple[int, ...]
+    parallel: bool = True
+    block: int = 0
+    depth: int = 0
+    blocks_first: bool = False
+
+
+@dataclass(frozen=True)
 class Segment:
     """Rows ``[start, start + count * height)`` as ``count`` tiles of ``height`` rows."""
 
@@ -51,15 +69,25 @@ class Segment:
 
 
 def row_segments(m, heights: tuple[int, ...]) -> list[Segment]:
-    """Cut ``m`` rows into tiles of falling ``heights``; each height divides the one before."""
-    whole = i64(m)
-    segments = [Segment(heights[0], i64(0), whole // heights[0])]
+    """Cut ``m`` rows into tiles of falling ``heights``, each as often as it fits.
+
+    Where ``m`` is symbolic, each height must divide the one before.
+    """
+    if isinstance(m, int):
+        return list(_fixed_segments(m, heights))
+    segments = [Segment(heights[0], i64(0), m // heights[0])]
     for above, height in itertools.pairwise(heights):
-        segments.append(Segment(height, whole // above * above, whole % above // height))
-    if isinstance(m, int):  # a static number of rows needs no empty segment
-        counts = [m // heights[0]] + [m % a // h for a, h in itertools.pairwise(heights)]
-        segments = [s for s, count in zip(segments, counts, strict=True) if count]
+        segments.append(Segment(height, m // above * above, m % above // height))
     return segments
+
+
+def _fixed_segments(m: int, heights: tuple[int, ...]) -> Iterator[Segment]:
+    start = 0
+    for height in heights:
+        count = (m - start) // height
+        if count:
+            yield Segment(height, i64(start), i64(count))
+        start += count * height
 
 
 def pack(w: np.ndarray, width: int) -> np.ndarray:
@@ -77,10 +105,9 @@ def packed_dense(
     *,
     lanes: int,
     width: int,
-    heights: tuple[int, ...],
+    nest: Nest,
     epilogue: Epilogue,
     rows: int | None = None,
-    parallel: bool = True,
 ) -> tirx.PrimFunc:
     """Return the definition; arguments x, w, [bias], [residual], y; ``rows=None`` is symbolic.
 
@@ -103,63 +130,134 @@ def packed_dense(
             value = ACTIVATIONS[epilogue.activation](value)
             return value if residual is None else value + residual[row, column]
 
-        segments = row_segments(m if rows is None else rows, heights)
-        if full:
-            with loops(full, kind=T.parallel if parallel and full > 1 else None) as (panel,):
-                for segment in segments:
-                    _tile(segment, (x, w, y), (full, panel, 0), (k, width, width, lanes), finish)
-        if ragged:
-            for segment in segments:
-                _tile(segment, (x, w, y), (1, i64(0), full), (k, width, ragged, lanes), finish)
+        together = m if rows is None else rows
+        blocks = rows // nest.block if rows and nest.block else 1
+        segments = row_segments(nest.block if blocks > 1 else together, nest.heights)
+        for count, columns, base in ((full, width, 0), (int(ragged > 0), ragged, full)):
+            if count:
+                sizes = (k, width, columns, lanes)
+                _Panels(nest, (x, w, y), sizes, finish, count, base).emit(blocks, segments)
 
     return prim_func(body)
 
 
-def _tile(segment: Segment, buffers, panel, sizes, finish) -> None:
-    """Emit zero, update and finish for every tile of one segment in one panel."""
-    x, w, y = buffers
-    panels, at, base = panel  # the last panel is a constant offset: as an axis it would be lost
-    k, width, columns, whole = sizes
-    lanes = next(v for v in (whole, 8, 4, 2, 1) if columns % v == 0)
-    height, start = segment.height, segment.start
-    with loops(segment.count) as (t,):
-        if columns == width:
-            tile = y
-        else:
-            tile = T.sblock_alloc_buffer((i64(height), i64(width)), "float32", scope="global")
+@dataclass
+class _Panels:
+    """Code for ``count`` whole panels from the first, or for the ragged one at ``base``.
 
-        def place(vt, vi, vp, vj):
-            row = start + vt * height + (vi[0] if vi else 0)
-            return [row, (vp + base) * width + vj] if tile is y else [
-                vi[0] if vi else i64(0),
-                vj,
-            ], row
+    ``sizes`` are k, the width of a panel, the columns of it that exist, and lanes of a vector.
+    """
 
+    nest: Nest
+    buffers: tuple
+    sizes: tuple[int, int, int, int]
+    finish: Callable
+    count: int
+    base: int  # of the ragged panel a constant offset: as an axis it would be lost
+
+    @property
+    def ragged(self) -> bool:
+        return self.sizes[2] < self.sizes[1]
+
+    def emit(self, blocks: int, segments: list[Segment]) -> None:
+        """Loop over panels and blocks of rows."""
+        extents = {} if self.ragged else {"panel": self.count}
+        if blocks > 1:
+            block = {"block": blocks}
+            extents = block | extents if self.nest.blocks_first else extents | block
+        first = next(iter(extents.values()), 1)
+        kind = T.parallel if self.nest.parallel and first > 1 else None
+        with loops(*extents.values(), kind=kind) as variables:
+            at = dict(zip(extents, variables, strict=True))
+            panel = [(self.count, at.get("panel", i64(0)))]
+            self._block(segments, panel, [(blocks, at["block"])] if blocks > 1 else [])
+
+    def _block(self, segments: list[Segment], panel: list, block: list) -> None:
+        """Emit all tiles of a block of rows in one panel."""
+        k = self.sizes[0]
+        chunks = 1 if self.ragged or not self.nest.depth else k // self.nest.depth
+
+        def walk(*emit: Callable[[_Tile], None]) -> None:
+            for segment in segments:
+                with loops(segment.count) as (t,):
+                    tile = _Tile(self, segment, [*panel, (segment.count, t), *block])
+                    for part in emit:
+                        part(tile)
+
+        if chunks == 1:
+            walk(_Tile.multiply, _Tile.finish)
+            return
+        walk(_Tile.zero)
+        with loops(chunks) as (chunk,):
+            walk(lambda tile: tile.update(self.nest.depth, chunk))
+        walk(_Tile.finish)
+
+
+class _Tile:
+    """Code for one tile: ``outer`` are its axes panel, tile, and block of rows if there are any."""
+
+    def __init__(self, panels: _Panels, segment: Segment, outer: list[tuple]) -> None:
+        self.panels, self.segment, self.outer = panels, segment, outer
+        self.x, self.w, self.y = panels.buffers
+        self.k, self.width, self.columns, self.lanes = panels.sizes
         # A loop over one row would be simplified away while scheduling, so it is left out.
-        rows = [height] if height > 1 else []
-        shared = [(panels, at), (segment.count, t)]
-        if k == 1:  # nothing to add up, and a loop of extent one would keep tensorize from matching
-            with loops(*rows, width // whole, kind=T.unroll) as (*i, chunk), vectors(whole) as j:
-                axes = [*shared, (width, chunk * whole + j), *zip(rows, i, strict=True)]
-                with block("product", axes, height=height) as (vp, vt, vj, *vi):
-                    index, row = place(vt, vi, vp, vj)
-                    T.buffer_store(tile, x[row, 0] * w[vp + base, 0, vj], index)
-        else:
-            with loops(*rows, width) as (*i, j):
-                axes = [*shared, (width, j), *zip(rows, i, strict=True)]
-                with block("zero", axes, height=height) as (vp, vt, vj, *vi):
-                    T.buffer_store(tile, T.float32(0), place(vt, vi, vp, vj)[0])
-            with loops(*rows, width, k) as (*i, j, p):
-                axes = [*shared, (width, j), *zip(rows, i, strict=True)]
-                with block("update", axes, [(k, p)], height=height) as (vp, vt, vj, *vi, vk):
-                    index, row = place(vt, vi, vp, vj)
-                    T.buffer_store(
-                        tile, tile[tuple(index)] + x[row, vk] * w[vp + base, vk, vj], index
-                    )
-        # In place, which no schedule primitive may touch: the loops are vectors from the start.
-        with loops(*rows, columns // lanes, kind=T.unroll) as (*i, chunk), vectors(lanes) as j:
-            axes = [*shared, (columns, chunk * lanes + j), *zip(rows, i, strict=True)]
-            with block("finish", axes, height=height) as (vp, vt, vj, *vi):
-                index, row = place(vt, vi, vp, vj)
-                column = (vp + base) * width + vj
-                T.buffer_store(y, finish(tile[tuple(index)], row, column), [row, column])
+        self.rows = [segment.height] if segment.height > 1 else []
+        self.sums = self.y
+        if panels.ragged:
+            shape = (i64(segment.height), i64(self.width))
+            self.sums = T.sblock_alloc_buffer(shape, "float32", scope="global")
+
+    def multiply(self) -> None:
+        """Compute the sums of the tile over all of k."""
+        if self.k > 1:
+            self.zero()
+            self.update(self.k)
+            return
+        # Nothing to add up, and a loop of extent one would keep tensorize from matching.
+        with self._vectors("product", self.width, self.lanes) as (index, row, panel, vj, _):
+            T.buffer_store(self.sums, self.x[row, 0] * self.w[panel, 0, vj], index)
+
+    def zero(self) -> None:
+        """Set the sums to zero."""
+        with loops(*self.rows, self.width) as (*i, j):
+            with self._place("zero", self.width, j, i) as (index, *_):
+                T.buffer_store(self.sums, T.float32(0), index)
+
+    def update(self, depth: int, chunk=None) -> None:
+        """Add the products over one chunk of k."""
+        with loops(*self.rows, self.width, depth) as (*i, j, p):
+            p = p if chunk is None else chunk * depth + p
+            with self._place("update", self.width, j, i, [(self.k, p)]) as at:
+                index, row, panel, vj, (vk,) = at
+                value = self.sums[tuple(index)] + self.x[row, vk] * self.w[panel, vk, vj]
+                T.buffer_store(self.sums, value, index)
+
+    def finish(self) -> None:
+        """Apply the epilogue in place, which no schedule primitive may touch: vectors already."""
+        lanes = next(v for v in (self.lanes, 8, 4, 2, 1) if self.columns % v == 0)
+        with self._vectors("finish", self.columns, lanes) as (index, row, panel, vj, _):
+            column = panel * self.width + vj
+            value = self.panels.finish(self.sums[tuple(index)], row, column)
+            T.buffer_store(self.y, value, [row, column])
+
+    @contextmanager
+    def _vectors(self, name: str, extent: int, lanes: int):
+        """Open an sblock over whole vectors of a tile's columns."""
+        with loops(*self.rows, extent // lanes, kind=T.unroll) as (*i, chunk):
+            with vectors(lanes) as j, self._place(name, extent, chunk * lanes + j, i) as at:
+                yield at
+
+    @contextmanager
+    def _place(self, name: str, extent: int, j, i: list, reduce: Sequence[tuple] = ()):
+        """Open an sblock and yield where it is: index of the sum, row, panel, column, reduction."""
+        axes = [*self.outer, (extent, j), *zip(self.rows, i, strict=True)]
+        with block(name, axes, reduce, height=self.segment.height) as (vp, vt, *rest):
+            row = self.segment.start + vt * self.segment.height
+            vb = rest.pop(0) if len(self.outer) > 2 else None
+            vj, *rest = rest
+            vi = rest.pop(0) if self.rows else i64(0)
+            row = row + vi if self.rows else row
+            row = row if vb is None else vb * self.panels.nest.block + row
+            panel = vp + self.panels.base
+            index = [vi, vj] if self.sums is not self.y else [row, panel * self.width + vj]
+            yield index, row, panel, vj, rest

@@ -12,6 +12,7 @@ from tvmstruct.schedules.x86.chain import chain
 from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
+from tvmstruct.schedules.x86.precisions import Precision, precision
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
@@ -19,14 +20,18 @@ from tvmstruct.targets import Isa
 class X86Kernels:
     """The kernels of one x86 instruction set."""
 
-    def __init__(self, isa: Isa, threads: int = 1) -> None:
-        self.isa, self.threads = isa, threads
+    def __init__(self, isa: Isa, threads: int = 1, features: frozenset[str] = frozenset()) -> None:
+        self.isa, self.threads, self.features = isa, threads, features
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return ``y = epilogue(x @ w)`` with w packed in panels of ``panel_width``."""
         return packed_dense(self.isa, n, k, epilogue, rows)
+
+    def precision(self, name: str) -> Precision:
+        """Return how dense layers of a precision other than f32 are computed, or TargetError."""
+        return precision(name, self.isa, self.features)
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""

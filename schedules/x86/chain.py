@@ -132,14 +132,16 @@ class _Tile:
     def _over_groups(self, s: MatMul) -> None:
         """Tile: rows by ``tile`` outputs; lanes run along the groups."""
         with self._loops(s, s.q // s.tile, s.groups // s.lanes) as (chunk, lane):
-            base = chunk * (s.groups // s.lanes) + lane
+            base = chunk if s.shared else chunk * (s.groups // s.lanes) + lane
+            each = 1 if s.shared else s.lanes
 
             def step(p, add) -> None:
-                w = (base * s.p + p) * s.tile * s.lanes
+                w = (base * s.p + p) * s.tile * each
                 for row, v in product(range(self.height), range(s.tile)):
                     at = s.src_offset + p * s.src_p + lane * s.lanes
                     left = self.load(s.src, row, at, s.lanes)
-                    add(row, v, left, self._weight(s.weight, w + v * s.lanes, s.lanes))
+                    right = self._weight(s.weight, w + v * each, each)
+                    add(row, v, left, T.broadcast(right, s.lanes) if s.shared else right)
 
             sums = accumulate(self.isa, s.lanes, (self.height, s.tile), s.p, step)
             for row, v in product(range(self.height), range(s.tile)):
@@ -159,7 +161,7 @@ class _Tile:
                 yield first, second
 
     def _weight(self, weight: int, index, lanes: int):
-        return self.weights[weight][T.ramp(index, 1, lanes)]
+        return self.weights[weight][_vector((index,), lanes)]
 
     def _put(self, s: MatMul, row: int, index, value) -> None:
         if s.accumulate:

@@ -69,12 +69,22 @@ class _Block:
     count: object
     chunk: int
 
-    def start(self, n: int) -> None:
-        """Set y to residual + b2, onto which every chunk adds."""
+    def clear(self, n: int) -> None:
+        """Set y to zero, onto which every chunk adds."""
+        lanes, y = self.isa.lanes, self.buffers["y"]
+        with loops(self.count, n // lanes) as (row, j):
+            place = [self.first + row, T.ramp(j * lanes, 1, lanes)]
+            T.buffer_store(y, T.broadcast(T.float32(0), lanes), place)
+
+    def finish(self, n: int) -> None:
+        """Add b2 and the residual: last, since sums onto a large residual would lose digits."""
         lanes, (b2, residual, y) = self.isa.lanes, map(self.buffers.get, ("b2", "residual", "y"))
+        if b2 is None and residual is None:
+            return
         with loops(self.count, n // lanes) as (row, j):
             at = T.ramp(j * lanes, 1, lanes)
-            value = T.broadcast(T.float32(0), lanes) if b2 is None else b2[at]
+            value = y[self.first + row, at]
+            value = value if b2 is None else value + b2[at]
             value = value if residual is None else value + residual[self.first + row, at]
             T.buffer_store(y, value, [self.first + row, at])
 
@@ -108,18 +118,18 @@ class _Block:
 
             left = lambda i, p: inner[(row + i) * self.chunk + p]  # noqa: E731
             right = lambda p, v: self.buffers["w2"][panel, offset + p, self._lane(v)]  # noqa: E731
-            sums = self._multiply(height, self.chunk, left, right, lambda i, v: y[out(i, v)])
+            sums = self._multiply(height, self.chunk, left, right)
             for i, v in product(range(height), range(VECTORS)):
-                T.buffer_store(y, sums[v][i], list(out(i, v)))
+                T.buffer_store(y, y[out(i, v)] + sums[v][i], list(out(i, v)))
 
         self._tiles(emit)
 
-    def _multiply(self, height: int, depth: int, left, right, start=None) -> list[list]:
+    def _multiply(self, height: int, depth: int, left, right) -> list[list]:
         def step(p, add) -> None:
             for i, v in product(range(height), range(VECTORS)):
                 add(i, v, T.broadcast(left(i, p), self.isa.lanes), right(p, v))
 
-        return accumulate(self.isa, self.isa.lanes, (height, VECTORS), depth, step, start)
+        return accumulate(self.isa, self.isa.lanes, (height, VECTORS), depth, step)
 
     def _lane(self, v: int):
         return T.ramp(i64(v * self.isa.lanes), 1, self.isa.lanes)
@@ -140,12 +150,13 @@ def _emit(isa: Isa, sizes, activation: str, flags, block: int) -> None:
         count = T.min(i64(block), m - b * block)
         buffers["inner"] = T.alloc_buffer((i64(block * chunk),), "float32", scope="global")
         work = _Block(isa, buffers, b * block, count, chunk)
-        work.start(n)
+        work.clear(n)
         with loops(hidden // chunk) as (c,):
             with loops(chunk // width) as (panel,):
                 work.up(k, c * (chunk // width) + panel, panel, activation)
             with loops(n // width) as (panel,):
                 work.down(panel, c * chunk)
+        work.finish(n)
 
 
 def _arguments(m, sizes, flags, width: int) -> dict:

@@ -15,11 +15,14 @@ from tvmstruct.targets import Isa
 
 
 @cache
-def fma_tile(isa: Isa, height: int, vectors: int, depth: int) -> str:
-    """Register ``c[height, vectors * lanes] += a[height, depth] @ b`` and return its name."""
-    name = f"tvmstruct.fma_tile.{isa.name}.{height}x{vectors}x{depth}"
+def fma_tile(isa: Isa, height: int, vectors: int, depth: int, unroll: int = 1) -> str:
+    """Register ``c[height, vectors * lanes] += a[height, depth] @ b`` and return its name.
+
+    ``unroll`` steps of the depth, a divisor of it, are one turn of the loop.
+    """
+    name = f"tvmstruct.fma_tile.{isa.name}.{height}x{vectors}x{depth}x{unroll}"
     describe = _tile_description(height, vectors * isa.lanes, depth)
-    implement = _tile_implementation(isa, height, vectors, depth)
+    implement = _tile_implementation(isa, height, vectors, (depth, unroll))
     TensorIntrin.register(name, describe, implement, override=True)
     return name
 
@@ -43,8 +46,10 @@ def _tile_description(height: int, width: int, depth: int) -> tirx.PrimFunc:
     return prim_func(body)
 
 
-def _tile_implementation(isa: Isa, height: int, vectors: int, depth: int) -> tirx.PrimFunc:
-    lanes, width = isa.lanes, vectors * isa.lanes
+def _tile_implementation(
+    isa: Isa, height: int, vectors: int, steps: tuple[int, int]
+) -> tirx.PrimFunc:
+    lanes, width, (depth, unroll) = isa.lanes, vectors * isa.lanes, steps
 
     def body() -> None:
         a = argument("a", (height, depth), offset_factor=1, strides=[symbol("lda"), 1])
@@ -54,8 +59,9 @@ def _tile_implementation(isa: Isa, height: int, vectors: int, depth: int) -> tir
         def place(row: int, column: int) -> tuple:
             return (row, T.ramp(i64(column * lanes), 1, lanes))
 
-        def step(p, add) -> None:
-            for row, column in product(range(height), range(vectors)):
+        def step(turn, add) -> None:
+            for u, row, column in product(range(unroll), range(height), range(vectors)):
+                p = turn * unroll + u if unroll > 1 else turn
                 right = b[p, T.ramp(i64(column * lanes), 1, lanes)]
                 add(row, column, T.broadcast(a[row, p], lanes), right)
 
@@ -63,8 +69,12 @@ def _tile_implementation(isa: Isa, height: int, vectors: int, depth: int) -> tir
             T.reads(c[0:height, 0:width], a[0:height, 0:depth], b[0:depth, 0:width])
             T.writes(c[0:height, 0:width])
             tile = (height, vectors)
-            sums = accumulate(isa, lanes, tile, depth, step, lambda r, v: c[place(r, v)])
+            turns = depth // unroll
+            # From zero and then onto c: chunks of the depth add up like a tree, so the rounding
+            # error grows with the root of the chunk and not of the whole depth.
+            sums = accumulate(isa, lanes, tile, turns, step)
             for row, column in product(range(height), range(vectors)):
-                T.buffer_store(c, sums[column][row], list(place(row, column)))
+                total = c[place(row, column)] + sums[column][row]
+                T.buffer_store(c, total, list(place(row, column)))
 
     return prim_func(body)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvmstruct.schedules.compute import dense
-from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.compute.dense import Epilogue, Nest
+from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.intrinsics import fma_tile
 from tvmstruct.targets import Isa
 
 VECTORS = 2  # columns of a register tile, in vectors
 HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (4, 2, 1), "sse": (4, 2, 1)}
-MAX_DEPTH = 2048  # a panel of more rows than this leaves the second-level cache
+MAX_DEPTH = 256  # products in one running sum: more loses digits, fewer costs stores
 SERIAL_MACS = 1 << 17  # under this much work, waking a second thread costs more than it saves
+MAYBE_SERIAL = 8  # up to so many times that, tuning tries one thread too
+SMALLEST_DEPTH = 64  # fewer products of a sum at a time are eaten up by its load and store
 
 
 def panel_width(isa: Isa) -> int:
@@ -28,43 +31,68 @@ def packed_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Ker
     parallel = rows * n * k > SERIAL_MACS
     key = (isa.name, n, k, epilogue, single, parallel)
 
-    def build():
-        definition = dense.packed_dense(
-            n,
-            k,
-            lanes=isa.lanes,
-            width=panel_width(isa),
-            heights=(1,) if single else HEIGHTS[isa.name],
-            epilogue=epilogue,
-            rows=1 if single else None,
-            parallel=parallel,
-        )
-        schedule = Schedule(definition)
-        schedule_packed_dense(schedule, isa)
-        return replace_math(schedule.mod["main"])
+    def build() -> tirx.PrimFunc:
+        nest = Nest((1,) if single else HEIGHTS[isa.name], parallel)
+        return _build(isa, (n, k), epilogue, nest, 1 if single else None, pick_default)
 
-    return make_kernel("packed_dense", key, build, work=n * k)
+    def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
+        return _build(isa, (n, k), epilogue, choose_nest(isa, (rows, n, k), pick), rows, pick)
+
+    words = [epilogue.activation, *(["residual"] if epilogue.residual else [])]
+    words += ["bias"] if epilogue.bias else []
+    space = Space(f"{n} {k} {' '.join(sorted(words))}", build_tuned)
+    return make_kernel("packed_dense", key, build, work=n * k, space=space)
 
 
-def schedule_packed_dense(sch: Schedule, isa: Isa) -> None:
+def _build(isa: Isa, sizes, epilogue: Epilogue, nest: Nest, rows, pick: Pick) -> tirx.PrimFunc:
+    lanes, width = isa.lanes, panel_width(isa)
+    definition = dense.packed_dense(
+        *sizes, lanes=lanes, width=width, nest=nest, epilogue=epilogue, rows=rows
+    )
+    schedule = Schedule(definition)
+    schedule_packed_dense(schedule, isa, pick)
+    return replace_math(schedule.mod["main"])
+
+
+def choose_nest(isa: Isa, sizes: tuple[int, int, int], pick: Pick) -> Nest:
+    """Return the loops around the tiles at a fixed number of rows; ``sizes`` are (rows, n, k)."""
+    rows, n, k = sizes
+    most = min(rows, (isa.registers - 4) // VECTORS)  # sums, and the operands of one FMA
+    height = pick("height", range(min(most, 3), most + 1), min(rows, HEIGHTS[isa.name][0]))
+    block = pick("block", _divisors(rows, height, rows), rows)
+    depth = pick("depth", _divisors(k, SMALLEST_DEPTH, k), _depth_step(k))
+    blocks_first = pick("blocks_first", (0, 1) if block < rows else (0,), 0)
+    small = rows * n * k <= MAYBE_SERIAL * SERIAL_MACS
+    parallel = pick("parallel", (0, 1) if small else (1,), int(rows * n * k > SERIAL_MACS))
+    rest = block % height
+    heights = (height, rest) if rest else (height,)
+    return Nest(heights, bool(parallel), block, depth, bool(blocks_first))
+
+
+def schedule_packed_dense(sch: Schedule, isa: Isa, pick: Pick = pick_default) -> None:
     """Tensorise every update and vectorise the zeroing before it."""
-    for block in sch.get_child_blocks(sch.get_sblock("root")):
-        name = sch.get(block).name_hint
-        if name.startswith("update"):
-            _tensorize(sch, isa, block)
-        elif name.startswith("zero"):
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
+    updates = [b for b in blocks if sch.get(b).name_hint.startswith("update")]
+    steps = {b: _depth_step(int(sch.get(sch.get_loops(b)[-1]).extent)) for b in updates}
+    unroll = 1
+    if updates:
+        turns = [u for u in (1, 2, 4, 8) if all(step % u == 0 for step in steps.values())]
+        unroll = pick("unroll", turns, 1)
+    for block in blocks:
+        if block in steps:
+            _tensorize(sch, isa, block, steps[block], unroll)
+        elif sch.get(block).name_hint.startswith("zero"):
             _vectorize(sch, isa, block)
 
 
-def _tensorize(sch: Schedule, isa: Isa, block) -> None:
+def _tensorize(sch: Schedule, isa: Isa, block, step: int, unroll: int) -> None:
     height = _height(sch, block)
     *_, row, columns, depth = sch.get_loops(block)
     tile = [row, columns] if height > 1 else [columns]
-    step = _depth_step(k := int(sch.get(depth).extent))
-    if step < k:  # a split of extent one would keep tensorize from matching
+    if step < int(sch.get(depth).extent):  # a split of extent one would keep it from matching
         chunk, depth = sch.split(depth, [None, step])
         sch.reorder(chunk, *tile, depth)
-    sch.tensorize(tile[0], fma_tile(isa, height, VECTORS, step))
+    sch.tensorize(tile[0], fma_tile(isa, height, VECTORS, step, unroll))
 
 
 def _vectorize(sch: Schedule, isa: Isa, block) -> None:
@@ -79,6 +107,11 @@ def _height(sch: Schedule, block) -> int:
 
 
 def _depth_step(k: int) -> int:
-    """Return the largest divisor of k that keeps a panel in cache, or k where none is near."""
+    """Return the largest divisor of k up to MAX_DEPTH, or k where none is near."""
     step = max(d for d in range(1, min(k, MAX_DEPTH) + 1) if k % d == 0)
     return step if step * 8 >= MAX_DEPTH or step == k else k
+
+
+def _divisors(of: int, least: int, most: int) -> list[int]:
+    """Return the divisors of a number in a range, and the number itself."""
+    return sorted({d for d in range(least, most + 1) if of % d == 0} | {of})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import fma, loops
@@ -26,21 +27,26 @@ def accumulate(
     depth: int,
     step: Callable[[object, Add], None],
     start: Callable[[int, int], object] | None = None,
+    *,
+    dtype: str = "float32",
+    dot: Callable[[object, object, object], object] | None = None,
 ) -> list[list]:
     """Run ``step(p, add)`` over ``depth`` and return the sums as ``[column][line]``.
 
     ``tile`` is (lines, columns of vectors). ``start(line, column)`` gives the first value of a
-    sum, zero without it. A small tile keeps several partial sums of each, so that enough FMAs
+    sum, zero without it. ``dot(sum, left, right)`` adds a product to a sum, fma without it. A
+    small tile keeps several partial sums of each, so that enough FMAs
     are under way.
     """
     lines, columns = tile
+    dot = dot or (lambda total, left, right: fma(left, right, total, lanes, isa.fma))
     parts = next((n for n in (4, 2) if lines * columns * n <= ACCUMULATORS and depth % n == 0), 1)
     totals = [
-        [T.alloc_buffer((lines * lanes,), "float32", scope="global") for _ in range(columns)]
+        [T.alloc_buffer((lines * lanes,), dtype, scope="global") for _ in range(columns)]
         for _ in range(parts)
     ]
     for part, column, line in product(range(parts), range(columns), range(lines)):
-        value = T.broadcast(T.float32(0), lanes)
+        value = T.broadcast(tirx.const(0, dtype), lanes)
         if start is not None and part == 0:
             value = start(line, column)
         T.buffer_store(totals[part][column], value, [T.ramp(line * lanes, 1, lanes)])
@@ -49,7 +55,7 @@ def accumulate(
 
             def add(line: int, column: int, left, right, part: int = part) -> None:
                 total, place = totals[part][column], T.ramp(line * lanes, 1, lanes)
-                T.buffer_store(total, fma(left, right, total[place], lanes, isa.fma), [place])
+                T.buffer_store(total, dot(total[place], left, right), [place])
 
             step(p * parts + part, add)
 

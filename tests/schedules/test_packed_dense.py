@@ -18,7 +18,8 @@ from tvmstruct.testing import tolerance
 
 ROWS = (1, 3, 8, 17)
 SHAPES = [  # (n, k): whole panels, ragged panels, single columns, depths cut into chunks
-    (1, 1), (7, 33), (33, 7), (1, 400), (64, 64), (400, 1000), (31, 4096), (32, 2049), (96, 17), (40, 1),
+    (1, 1), (7, 33), (33, 7), (1, 400), (64, 64), (400, 1000), (31, 4096), (32, 2049), (96, 17),
+    (40, 1),
 ]  # fmt: skip
 EPILOGUES = [
     *(Epilogue(True, name, False) for name in ACTIVATIONS),
@@ -54,7 +55,7 @@ def test_odd_sizes(isa, rng):
 
 @every_isa
 def test_epilogues_on_whole_and_ragged_panels(isa, rng):
-    check(isa, [(n, 20, e, rows) for e in EPILOGUES for n in (64, 37) for rows in (1, 11)], rng)
+    check(isa, [(37, 20, e, rows) for e in EPILOGUES for rows in (1, 11)], rng)
 
 
 @every_isa
@@ -69,8 +70,9 @@ def test_rows_are_symbolic(isa, rows, rng):
 
 
 @every_isa
-def test_special_values_stay_in_their_row(isa, rng):
-    kernel, arrays, _ = case(isa, 40, 24, Epilogue(True, "gelu", False), 9, rng)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_nan_stays_nan_and_in_its_row(isa, activation, rng):
+    kernel, arrays, _ = case(isa, 40, 24, Epilogue(True, activation, False), 9, rng)
     arrays[0][4, 3] = np.nan
     found = call(build(isa, {"k": kernel.func})["k"], arrays, 9, 40)
     np.testing.assert_array_equal(np.isnan(found).all(axis=1), np.arange(9) == 4)

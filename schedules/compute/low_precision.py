@@ -1,0 +1,57 @@
+"""Weights in bfloat16 and int8: rounding, packing in words of 32 bits, and the error of it.
+
+x86 multiplies words: a dot product instruction takes a word of x (two bfloat16 or four bytes),
+and adds its product with the words of a vector of columns. So a weight is packed as panels
+``[ceil(n / width)][ceil(k / group)][width]`` of words with ``group`` consecutive k in each.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+LARGEST = 127  # of a symmetric int8; -128 is not used, so that negation is exact
+
+
+def round_bf16(w: np.ndarray) -> np.ndarray:
+    """Return ``w`` rounded to the nearest bfloat16, ties to even."""
+    with np.errstate(over="ignore"):
+        return np.asarray(w, np.float32).astype(ml_dtypes.bfloat16)
+
+
+def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return q (k, n) int8 and scale (n) with ``w`` about ``q * scale``, one scale per column."""
+    scale = (np.abs(w).max(axis=0) / LARGEST).astype(np.float32)
+    inverse = np.divide(1.0, scale, out=np.zeros(scale.shape), where=scale > 0)
+    q = np.rint(w * inverse).clip(-LARGEST, LARGEST)
+    return q.astype(np.int8), scale
+
+
+def pack_words(w: np.ndarray, width: int, *, multiple: int = 1) -> np.ndarray:
+    """Return a (k, n) array of 1 or 2 bytes an element as panels of int32 words, zero padded.
+
+    The number of words along k is rounded up to ``multiple``.
+    """
+    k, n = w.shape
+    group = 4 // w.dtype.itemsize
+    words, panels = -(-k // (group * multiple)) * multiple, -(-n // width)
+    padded = np.zeros((words * group, panels * width), w.dtype)
+    padded[:k, :n] = w
+    order = padded.reshape(words, group, panels, width).transpose(2, 0, 3, 1)
+    return np.ascontiguousarray(order).view(np.int32).reshape(panels, words, width)
+
+
+def pad_columns(row: np.ndarray, width: int) -> np.ndarray:
+    """Return ``row`` (n) with zeros up to whole panels."""
+    return np.pad(row, (0, -len(row) % width))
+
+
+def stored_error(w: np.ndarray, precision: str) -> float:
+    """Return the relative Frobenius error of the weight as it is stored."""
+    if precision == "int8":
+        q, scale = quantize(w)
+        stored = q * scale.astype(np.float64)
+    else:
+        stored = round_bf16(w).astype(np.float64)
+    norm = float(np.linalg.norm(w.astype(np.float64)))
+    return float(np.linalg.norm(stored - w)) / norm if norm else 0.0

@@ -1,0 +1,72 @@
+"""Helpers to build and run the kernels of low precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+
+from tests.kernels import GUARD
+from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.registry import Kernel
+from tvmstruct.schedules.x86.precisions import Precision, precision
+from tvmstruct.targets import ISAS, TargetSpec, resolve
+
+ROWS = (1, 3, 8, 17, 131)  # the last one is cut into blocks
+SHAPES = [  # (n, k): whole and ragged panels, single columns, depths that end within a word
+    (1, 1), (7, 33), (33, 7), (64, 64), (130, 63), (31, 1034), (40, 2),
+]  # fmt: skip
+TARGETS = {
+    "avx512": {"mcpu": "x86-64-v4", "mattr": ["+avx512bf16", "+avx512vnni"]},
+    "avx2": {"mcpu": "x86-64-v3", "mattr": ["+avxvnni"]},
+    "sse": {"mcpu": "x86-64"},
+}
+
+
+def target(isa: str) -> TargetSpec:
+    """Return the target of an ISA with its dot products."""
+    return resolve({"kind": "llvm", "num-cores": 2, **TARGETS[isa]})
+
+
+def choose(name: str, isa: str, features: set[str] | None = None) -> Precision:
+    """Return a precision of an ISA; without ``features``, with all that the target has."""
+    row = next(row for row in ISAS if row.name == isa)
+    have = target(isa).features if features is None else frozenset(features)
+    return precision(name, row, have)
+
+
+def build(kernels: list[Kernel], isa: str) -> tvm.runtime.Module:
+    """Compile kernels as one library."""
+    functions = {kernel.symbol: kernel.func for kernel in kernels}
+    return tvm.compile(tvm.IRModule(functions), target=target(isa).target).mod
+
+
+def call(function, arrays: list[np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Call a kernel and return its (rows, columns) result, checked to stay inside its buffer."""
+    flat = tvm.runtime.tensor(np.full(rows * columns + 64, GUARD, np.float32))
+    view = np.from_dlpack(flat)
+    out = tvm.runtime.from_dlpack(view[: rows * columns].reshape(rows, columns))
+    function(*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays), out)
+    assert (view[rows * columns :] == GUARD).all(), "the kernel wrote past the end of its output"
+    return view[: rows * columns].reshape(rows, columns).copy()
+
+
+class Case:
+    """One kernel with its arrays."""
+
+    def __init__(
+        self, chosen: Precision, sizes: tuple[int, int], epilogue: Epilogue, rows: int, rng
+    ) -> None:
+        self.sizes, self.epilogue, self.rows = sizes, epilogue, rows
+        n, k = sizes
+        self.kernel = chosen.kernel(n, k, epilogue, rows)
+        self.x = rng.normal(size=(rows, k)).astype(np.float32)
+        self.w = (rng.normal(size=(k, n)) / np.sqrt(k)).astype(np.float32)
+        self.bias = rng.normal(size=n).astype(np.float32)
+        self.residual = rng.normal(size=(rows, n)).astype(np.float32)
+        self.tensors = list(chosen.tensors(self.w).values())
+
+    def run(self, library: tvm.runtime.Module) -> np.ndarray:
+        """Return what the kernel computes."""
+        more = [self.bias] * self.epilogue.bias + [self.residual] * self.epilogue.residual
+        arrays = [self.x, *self.tensors, *more]
+        return call(library[self.kernel.symbol], arrays, len(self.x), self.sizes[0])
