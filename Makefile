@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 EXACT := $(PIP) install --no-deps
 PYTEST ?=
+WORKERS ?= 2
 SHELL := /bin/bash
 
 .DELETE_ON_ERROR:
@@ -18,7 +19,7 @@ demo: $(STAMP)-demo  ## compile a real sentence encoder, check it, compare its s
 	$(BIN)/tvmstruct demo
 
 test: $(STAMP)-dev  ## the tests, without the slow ones
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
 
 test-slow: $(STAMP)-dev  ## the slow tests only: fuzzing, searches
 	$(BIN)/python -m pytest -m slow $(PYTEST)

@@ -25,6 +25,8 @@ def build(name: str, case: Case, threads: int) -> Callable[[], Any]:
         "openvino-f32": lambda *a: _openvino(*a, precision="f32"),
         "openvino-default": lambda *a: _openvino(*a, precision=None),
         "tvmstruct": _tvmstruct,
+        "tvmstruct-bf16": lambda *a: _tvmstruct(*a, precision="bf16"),
+        "tvmstruct-int8": lambda *a: _tvmstruct(*a, precision="int8"),
     }
     if name == "torch":
         return _torch(case, feeds, threads)
@@ -149,11 +151,15 @@ def _torch(case: Case, feeds: dict[str, np.ndarray], threads: int) -> Callable[[
     return call
 
 
-def _tvmstruct(model: bytes, feeds: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+def _tvmstruct(
+    model: bytes, feeds: dict[str, np.ndarray], threads: int, *, precision: str = "f32"
+) -> Callable[[], Any]:
     import tvmstruct
     from tvmstruct.arrays import aligned_empty
 
-    compiled = tvmstruct.compile(tvmstruct.from_onnx(model), buckets="exact", threads=threads)
+    # TVM_NUM_THREADS already holds ``threads``: the argument would cost a thread switch per call.
+    assert tvmstruct.resolve_target("host").threads == threads
+    compiled = tvmstruct.compile(tvmstruct.from_onnx(model), buckets="exact", precision=precision)
     arrays = []
     for spec in compiled.inputs:
         array = aligned_empty(feeds[spec.name].shape, feeds[spec.name].dtype)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import roofline
-from peers import PEERS, Case, Worker, environment
+from peers import F32_PEERS, PEERS, Case, Worker, environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,7 +35,8 @@ class Line:
     bytes: float = 0.0
     stack: int = 1
     peers: tuple[str, ...] = PEERS
-    best_of: tuple[str, ...] = ("torch", "onnxruntime", "openvino-f32")
+    best_of: tuple[str, ...] = F32_PEERS
+    ours: str = OURS
 
 
 @dataclass
@@ -52,20 +53,22 @@ class Result:
     def ratio(self) -> float | None:
         """Best peer's time over ours."""
         times = [self.seconds[p] for p in self.line.best_of if p in self.seconds]
-        return min(times) / self.seconds[OURS] if times and OURS in self.seconds else None
+        ours = self.seconds.get(self.line.ours)
+        return min(times) / ours if times and ours else None
 
     @property
     def share(self) -> float | None:
         """Share of the roofline that we reach."""
-        known = self.roof_seconds and OURS in self.seconds
-        return self.roof_seconds / self.seconds[OURS] if known else None
+        ours = self.seconds.get(self.line.ours)
+        return self.roof_seconds / ours if self.roof_seconds and ours else None
 
 
 def run(lines: Sequence[Line], *, title: str, threads: int, rounds: int, seconds: float) -> dict:
     """Measure all lines, print the table and return everything as plain data."""
     roof = roofline.measure(threads)
     results = [Result(line) for line in lines]
-    workers = {name: Worker(name, threads) for name in (*PEERS, OURS)}
+    names = dict.fromkeys(n for line in lines for n in (*line.peers, line.ours))
+    workers = {name: Worker(name, threads) for name in names}
     try:
         for i, result in enumerate(track(results, title)):
             _measure(result, str(i), workers, rounds, seconds)
@@ -87,7 +90,7 @@ def _measure(
 ) -> None:
     line = result.line
     active: dict[str, list[float]] = {}
-    for name in (*line.peers, OURS):
+    for name in (*line.peers, line.ours):
         try:
             workers[name].ask("prepare", key, line.case)
             active[name] = []
@@ -115,7 +118,7 @@ def _show(results: list[Result], roof: dict[str, float], title: str, threads: in
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for r in results:
-        ours = r.seconds.get(OURS)
+        ours = r.seconds.get(r.line.ours)
         cells = [r.line.name, f"{ours * 1e6:.1f}" if ours else "failed"]
         cells += [f"{r.seconds[p] * 1e6:.1f}" if p in r.seconds else "-" for p in PEERS]
         bound = r.ratio / r.share if r.ratio and r.share else None

@@ -209,6 +209,7 @@ test_tuning.tune(sys.argv[1], trials=200)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_loses_nothing_and_resumes(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path], stderr=subprocess.DEVNULL, process_group=0
@@ -279,6 +280,7 @@ def test_a_tracker_that_does_not_answer_is_named(tmp_path):
             tune(tmp_path, trials=1, rpc=("127.0.0.1", port, "key"))
 
 
+@pytest.mark.slow
 def test_tuning_over_a_tracker(tmp_path):
     pytest.importorskip("tornado", reason="RPC needs tornado")
     from tvm.rpc.server import Server
