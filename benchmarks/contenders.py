@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 """What each contender runs for a case; imported only inside a worker process.
 
 ``stack`` puts so many equal layers in a row (sharing one weight, which so stays in cache) and
