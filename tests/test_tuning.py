@@ -280,6 +280,15 @@ def test_a_tracker_that_does_not_answer_is_named(tmp_path):
             tune(tmp_path, trials=1, rpc=("127.0.0.1", port, "key"))
 
 
+def test_a_port_that_is_mute_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("tornado", reason="RPC needs tornado")
+    monkeypatch.setattr(tuning, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = mute.getsockname()
+        with pytest.raises(TuningError, match=rf":{address[1]} cannot be reached \(timed out\)"):
+            tune(tmp_path, trials=1, rpc=(*address, "key"))
+
+
 @pytest.mark.slow
 def test_tuning_over_a_tracker(tmp_path):
     pytest.importorskip("tornado", reason="RPC needs tornado")

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import socket
+import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm.rpc.base import RPC_TRACKER_MAGIC
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import TensorInfo
@@ -461,15 +463,22 @@ def _rpc_runner(rpc: Tracker, config: Any) -> Any:
     """Return a runner on a tracker that answers and has a server of that key."""
     host, port, key = rpc
     where = f"tracker {host}:{port}"
+    greeting = struct.pack("<i", RPC_TRACKER_MAGIC)
     try:
-        socket.create_connection((host, port), timeout=PATIENCE).close()
+        with socket.create_connection((host, port), timeout=PATIENCE) as connection:
+            connection.sendall(greeting)
+            answer = connection.recv(len(greeting))
     except (OSError, OverflowError) as error:
         raise TuningError(
             f"{where} cannot be reached ({error}); is it running, and is that its port?"
         ) from error
+    if answer != greeting:
+        raise TuningError(f"{where} does not answer as a TVM tracker; is that its port?")
     options = ms.runner.RPCConfig(host, port, key, session_timeout_sec=int(TIMEOUT))
+    deadline = time.monotonic() + PATIENCE
     try:
-        servers = options.count_num_servers()
+        while (servers := options.count_num_servers()) == 0 and time.monotonic() < deadline:
+            time.sleep(0.2)  # one that was just started needs a moment to register
     except Exception as error:
         raise TuningError(f"{where} does not answer as a TVM tracker ({error})") from error
     if servers == 0:
