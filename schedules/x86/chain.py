@@ -24,7 +24,7 @@ from tvmstruct.schedules.x86.register_tile import ACCUMULATORS, accumulate
 from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero
 from tvmstruct.targets import Isa
 
-SHARED_MACS = 96 << 10  # a stage of more work on few rows is worth waking a second thread
+SHARED_MACS = 384 << 10  # below, a stage is done before a second thread has woken
 
 
 def chain(isa: Isa, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
