@@ -1,88 +1,68 @@
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 """What each contender runs for a case; imported only inside a worker process.
 
-``stack`` puts so many equal layers in a row (sharing one weight, which so stays in cache) and
-divides nothing: the caller divides the time by the stack, which leaves the time inside
-compiled code. Weights are constants everywhere, so every contender may pack them beforehand.
+A stack shares one weight (or two, there and back), and nothing is divided here: the caller
+divides the time by the number of layers, which leaves the time inside compiled code. Weights
+are constants everywhere, so every contender may pack them beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from cases import Case, Stack, load
 
-if TYPE_CHECKING:
-    from peers import Case
+from tvmstruct.ops import Array
 
-
-def build(name: str, case: Case, threads: int) -> Callable[[], Any]:
-    """Return a function of no arguments that computes the case once."""
-    model, feeds = _model(case)
-    runners = {
-        "torch": _torch,
-        "onnxruntime": _onnxruntime,
-        "openvino-f32": lambda *a: _openvino(*a, precision="f32"),
-        "openvino-default": lambda *a: _openvino(*a, precision=None),
-        "tvmstruct": _tvmstruct,
-        "tvmstruct-bf16": lambda *a: _tvmstruct(*a, precision="bf16"),
-        "tvmstruct-int8": lambda *a: _tvmstruct(*a, precision="int8"),
-    }
-    if name == "torch":
-        return _torch(case, feeds, threads)
-    return runners[name](model, feeds, threads)
+Call = Callable[[], Any]
+Feeds = dict[str, Array]
 
 
-def _model(case: Case) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Return the case as an ONNX model and its inputs."""
-    if case.kind == "file":
-        import onnx
-
-        rng = np.random.default_rng(0)
-        shape = tuple(case.options["shape"])
-        ids = rng.integers(0, 30522, shape)
-        return onnx.load(case.options["path"]).SerializeToString(), {
-            "input_ids": ids,
-            "attention_mask": np.ones(shape, np.int64),
-        }
-    weights, x = dense_weights(case)
-    return _onnx_stack(weights, x), {"x": x}
-
-
-def dense_weights(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the weights of a stack of dense layers (k, n), and its input (rows, k)."""
-    rng = np.random.default_rng(0)
-    k, n, rows = (case.options[name] for name in ("k", "n", "rows"))
-    stack = case.options.get("stack", 1)
-    w = member(case.options, rng)
-    there = [w / float(np.sqrt(k))]
-    back = [rng.standard_normal((n, k), "float32") / float(np.sqrt(n))] if k != n else there
-    weights = [(there if i % 2 == 0 else back)[0] for i in range(stack)]
-    return weights, rng.standard_normal((rows, k), "float32")
+def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Call, str]:
+    """Return a function that computes the case once, and as what ours compiled it."""
+    if name in ("torch", "torch-bf16"):
+        return _torch(case, files, threads, bf16=name == "torch-bf16"), ""
+    if name == "tvmstruct-dense":
+        assert isinstance(case, Stack)
+        case, files = Stack(case.rows, case.k, case.n, case.layers), ()
+    model, feeds = _model(case, files)
+    if name == "onnxruntime":
+        return _onnxruntime(model, feeds, threads), ""
+    if name.startswith("openvino"):
+        precision = {"openvino-f32": "f32", "openvino-default": None}[name]
+        return _openvino(model, feeds, threads, precision), ""
+    precision = {"tvmstruct-bf16": "bf16"}.get(name, "f32")
+    form = case.form if isinstance(case, Stack) else None
+    return _tvmstruct(model, feeds, threads, precision, form)
 
 
-def member(options: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    """Return a (k, n) matrix that is exactly of the family in ``options``, dense without one."""
-    k, n = options["k"], options["n"]
-    family = options.get("family")
-    if family is None:
-        return rng.standard_normal((k, n), "float32")
-    from tvmstruct.families import FAMILIES
+def _model(case: Case, files: Sequence[str]) -> tuple[bytes, Feeds]:
+    """Return the case as an ONNX model and its inputs; a dense stack needs no files."""
+    if isinstance(case, Stack):
+        weights, x = load(files, case) if files else _random_stack(case)
+        return stack_model(weights, x), {"x": x}
+    from tvmstruct.demo import find_model
 
-    # The nearest member to a small random matrix is a random member of its family.
-    fit = FAMILIES[family].nearest(
-        rng.standard_normal((k, n)).astype(np.float32), **options["parameters"]
-    )
-    dense = fit.op.to_dense()
-    return (dense / np.abs(dense).std()).astype(np.float32)
+    shape = (case.rows, case.length)
+    ids = np.random.default_rng(0).integers(1000, 20000, shape)
+    return find_model().read_bytes(), {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
-def _onnx_stack(weights: list[np.ndarray], x: np.ndarray) -> bytes:
+def _random_stack(stack: Stack) -> tuple[list[Array], Array]:
+    rng = np.random.default_rng(3)
+    distinct = [rng.standard_normal(s, np.float32) / np.float32(s[0] ** 0.5) for s in stack.shapes]
+    weights = [distinct[i % len(distinct)] for i in range(stack.layers)]
+    return weights, rng.standard_normal((stack.rows, stack.k), np.float32)
+
+
+def stack_model(weights: Sequence[Array], x: Array) -> bytes:
+    """Return products with ``weights`` in a row as an ONNX model; equal arrays are one constant."""
     from onnx import TensorProto, helper, numpy_helper
 
-    names = {id(w): f"w{i}" for i, w in enumerate({id(w): w for w in weights}.values())}
-    unique = {names[id(w)]: w for w in weights}
+    unique = {id(w): w for w in weights}
+    names = {key: f"w{i}" for i, key in enumerate(unique)}
     nodes, last = [], "x"
     for i, w in enumerate(weights):
         nodes.append(helper.make_node("MatMul", [last, names[id(w)]], [f"y{i}"]))
@@ -92,14 +72,14 @@ def _onnx_stack(weights: list[np.ndarray], x: np.ndarray) -> bytes:
         "stack",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in unique.items()],
+        [numpy_helper.from_array(w, names[key]) for key, w in unique.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
     return model.SerializeToString()
 
 
-def _onnxruntime(model: bytes, feeds: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+def _onnxruntime(model: bytes, feeds: Feeds, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -108,9 +88,7 @@ def _onnxruntime(model: bytes, feeds: dict[str, np.ndarray], threads: int) -> Ca
     return lambda: session.run(None, feeds)[0]
 
 
-def _openvino(
-    model: bytes, feeds: dict[str, np.ndarray], threads: int, *, precision: str | None
-) -> Callable[[], Any]:
+def _openvino(model: bytes, feeds: Feeds, threads: int, precision: str | None) -> Call:
     import openvino
 
     core = openvino.Core()
@@ -131,20 +109,22 @@ def _openvino(
     return call
 
 
-def _torch(case: Case, feeds: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+def _torch(case: Case, files: Sequence[str], threads: int, *, bf16: bool) -> Call:
     import torch
 
-    torch.set_num_threads(threads)
-    if case.kind != "stack":
+    if not isinstance(case, Stack):
         raise ValueError("no PyTorch form of this model is installed")
-    weights, _ = dense_weights(case)
-    cache = {id(w): torch.from_numpy(np.ascontiguousarray(w.T)) for w in weights}
-    layers = [cache[id(w)] for w in weights]  # (n, k), as nn.Linear keeps them
-    x = torch.from_numpy(feeds["x"])
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    weights, x = load(files, case)
+    # (n, k), as nn.Linear keeps them
+    cache = {id(w): torch.from_numpy(np.ascontiguousarray(w.T)).to(dtype) for w in weights}
+    layers = [cache[id(w)] for w in weights]
+    start = torch.from_numpy(x).to(dtype)
 
     @torch.inference_mode()
     def call() -> Any:
-        y = x
+        y = start
         for w in layers:
             y = torch.nn.functional.linear(y, w)
         return y
@@ -153,8 +133,8 @@ def _torch(case: Case, feeds: dict[str, np.ndarray], threads: int) -> Callable[[
 
 
 def _tvmstruct(
-    model: bytes, feeds: dict[str, np.ndarray], threads: int, *, precision: str = "f32"
-) -> Callable[[], Any]:
+    model: bytes, feeds: Feeds, threads: int, precision: str, form: str | None
+) -> tuple[Call, str]:
     import tvmstruct
     from tvmstruct.arrays import aligned_empty
 
@@ -166,4 +146,8 @@ def _tvmstruct(
         array = aligned_empty(feeds[spec.name].shape, feeds[spec.name].dtype)
         array[...] = feeds[spec.name]
         arrays.append(array)
-    return lambda: compiled(*arrays)
+    compiled(*arrays)
+    forms = [layer.form for layer in compiled.report().layers]
+    if form is not None and {f.split()[0] for f in forms} != {form}:
+        raise ValueError(f"compiled as {', '.join(sorted(set(forms)))}; the weight is {form}")
+    return lambda: compiled(*arrays), ", ".join(dict.fromkeys(forms))

@@ -11,25 +11,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from cases import Case
 
 Call = Callable[[], Any]
 F32_PEERS = ("torch", "onnxruntime", "openvino-f32")
-PEERS = (*F32_PEERS, "openvino-default")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What to compute: ``kind`` names a builder, ``options`` are its arguments."""
-
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
+BF16_PEERS = ("openvino-default", "torch-bf16")  # OpenVINO's default is bf16 where the CPU has it
+OURS, OURS_BF16, OURS_DENSE = "tvmstruct", "tvmstruct-bf16", "tvmstruct-dense"
+WARM_UP = 0.1  # seconds after which three calls are not waited for
+LEAST_CALLS = 3  # timed in a round
 
 
 class Worker:
@@ -44,57 +39,76 @@ class Worker:
         os.environ["TVM_BIND_THREADS"] = "0"
         self.process = context.Process(target=_serve, args=(theirs, name, threads), daemon=True)
         self.process.start()
+        theirs.close()  # so that a worker that dies is an end of file here
 
-    def ask(self, *message: Any) -> Any:
-        """Send a request and wait for its answer."""
-        self.pipe.send(message)
-        status, answer = self.pipe.recv()
-        if status == "error":
-            raise RuntimeError(f"{self.name}: {answer}")
-        return answer
+    def prepare(self, case: Case, files: Sequence[str]) -> str:
+        """Build the case and run it once; return as what ours compiled it."""
+        return self._ask("prepare", case, files)
+
+    def time(self, seconds: float) -> list[float]:
+        """Return the seconds of single calls of the prepared case, for about ``seconds``."""
+        return self._ask("time", seconds)
 
     def close(self) -> None:
         """End the process."""
-        self.pipe.send(("stop",))
+        try:
+            self.pipe.send(("stop",))
+        except OSError:
+            pass  # it has died, and was reported
         self.process.join(10)
+
+    def _ask(self, *message: Any) -> Any:
+        try:
+            self.pipe.send(message)
+            status, answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the process of {self.name} has died") from None
+        if status == "error":
+            raise RuntimeError(answer)
+        return answer
 
 
 def _serve(pipe: Connection, name: str, threads: int) -> None:
-    calls: dict[str, Call] = {}
+    call: Call | None = None
     while True:
         request, *rest = pipe.recv()
         if request == "stop":
             return
         try:
             if request == "prepare":
-                key, case = rest
-                calls[key] = _prepare(name, case, threads)
-                out = calls[key]()
-                pipe.send(("ok", np.shape(out[0] if isinstance(out, tuple) else out)))
+                call = None  # frees the weights of the case before
+                call, note = _prepare(name, threads, *rest)
+                pipe.send(("ok", note))
             else:
-                key, seconds = rest
-                pipe.send(("ok", _time(calls[key], seconds)))
+                assert call is not None
+                pipe.send(("ok", _time(call, *rest)))
         except Exception as error:  # the parent prints it beside the line it belongs to
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
+def _prepare(name: str, threads: int, case: Case, files: Sequence[str]) -> tuple[Call, str]:
+    import contenders
+
+    call, note = contenders.build(name, case, files, threads)
+    out = call()
+    if isinstance(out, np.ndarray) and not np.isfinite(out).all():
+        raise FloatingPointError("the result is not finite")
+    return call, note
+
+
 def _time(call: Call, seconds: float) -> list[float]:
-    """Return the seconds of single calls for about ``seconds``, after a warm-up."""
+    warm = time.perf_counter() + WARM_UP
     for _ in range(3):
         call()
+        if time.perf_counter() > warm:
+            break
     times: list[float] = []
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times) < 5:
+    while time.perf_counter() < stop or len(times) < LEAST_CALLS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
     return times
-
-
-def _prepare(name: str, case: Case, threads: int) -> Call:
-    import contenders
-
-    return contenders.build(name, case, threads)
 
 
 def environment() -> dict[str, str]:

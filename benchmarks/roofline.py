@@ -1,63 +1,213 @@
-"""The machine's own limits, measured in the same run: FMA peak and read bandwidth."""
+"""The machine's own limits, measured in the same run: peaks of instructions and read bandwidth.
+
+Bandwidth is that of reading as many bytes a thread as the line's working set has, over and over:
+no level of the memory has to be guessed, and caches that threads share count as they are. Limits
+are measured around every line, and the best of all counts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
 import numpy as np
 import tvm
+from cases import Work
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func
+from tvmstruct.schedules.x86 import bf16_dense
+from tvmstruct.schedules.x86.amx import LEFT, RIGHT, AmxTiles
 from tvmstruct.schedules.x86.register_tile import accumulate
-from tvmstruct.targets import resolve
+from tvmstruct.targets import TargetSpec, resolve
 
-LEVELS = {"L1": 16 << 10, "L2": 512 << 10, "L3": 8 << 20, "memory": 256 << 20}  # bytes a thread
-
-
-def measure(threads: int) -> dict[str, float]:
-    """Return GFLOP/s of an FMA loop, and GB/s read from each level, on ``threads`` threads."""
-    spec = resolve("host")
-    found = {"fma_gflops": _fma_peak(spec, threads)}
-    for level, size in LEVELS.items():
-        found[f"{level}_gbps"] = _bandwidth(spec, threads, size)
-    return found
+LEVELS = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}  # bytes a thread
+TILE_WORDS, TILE_FLOPS = 256, 2 * 16 * 16 * 32  # of an AMX tile, and of one product of two
+SUMS = (6, 2)  # lines and columns of independent sums in a loop of multiply-adds
+DEPTH = 1 << 16
+WIDTHS = {"f32": 4, "bf16": 2}  # bytes of a weight by precision
+UNROLL = 8  # vectors read at a time
+LEAST_READ = 4 << 20  # bytes that a thread reads in one timing
+REPEATS, REPEAT_MS = 5, 10
 
 
-def _run(spec, func, flops: float, *arrays) -> float:
+@dataclass
+class Limit:
+    """One limit: what measures it, how much that does, and the best rate so far in billions."""
+
+    evaluate: Callable[[], Any]
+    amount: float
+    best: float = 0.0
+
+    def measure(self) -> None:
+        """Measure once more."""
+        self.best = max(self.best, self.amount / float(np.min(self.evaluate().results)) / 1e9)
+
+
+class Roof:
+    """Peaks in GFLOP/s and bandwidths in GB/s, of all threads together."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.spec = threads, resolve("host")
+        self.skipped: list[str] = []
+        self._peaks = self._find_peaks()
+        self._reads: dict[int, Limit] = {}
+        for limit in self._peaks.values():
+            limit.measure()
+        for size in LEVELS.values():
+            self._read(size).measure()
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Every measured peak."""
+        return {name: limit.best for name, limit in self._peaks.items()}
+
+    @property
+    def bandwidths(self) -> dict[str, float]:
+        """Bandwidth of the usual levels."""
+        return {level: self._read(size).best for level, size in LEVELS.items()}
+
+    def peak(self, precision: str) -> float | None:
+        """Return the best peak for products in a precision, None where the CPU has none."""
+        return max((v for k, v in self.peaks.items() if k.startswith(precision)), default=None)
+
+    def measure(self, work: Work, precision: str) -> None:
+        """Measure once more what limits a line."""
+        for name, limit in self._peaks.items():
+            if name.startswith((precision, "f32")):
+                limit.measure()
+        self._read(self._working_set(work, precision)).measure()
+
+    def bandwidth(self, work: Work, precision: str) -> float:
+        """Return the bandwidth at the working set of a line."""
+        return self._read(self._working_set(work, precision)).best
+
+    def seconds(self, work: Work, precision: str) -> float | None:
+        """Return the least time that peak and bandwidth allow, None without a peak."""
+        peak = self.peak(precision)
+        if peak is None:
+            return None
+        streamed = WIDTHS[precision] * work.weight_values + work.other_bytes
+        compute = work.flops / peak + work.plain_flops / self.peaks["f32 FMA"]
+        return max(compute, streamed / self.bandwidth(work, precision)) / 1e9
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as data for JSON."""
+        return {"gflops": self.peaks, "gbps": self.bandwidths, "skipped": self.skipped}
+
+    def _working_set(self, work: Work, precision: str) -> int:
+        """Return the bytes of a thread, in whole turns of the loop that reads them."""
+        size = (WIDTHS[precision] * work.resident + work.other_bytes) / self.threads
+        turn = 4 * self.spec.isa.lanes * UNROLL
+        return max(1, round(size / turn)) * turn
+
+    def _read(self, size: int) -> Limit:
+        if size not in self._reads:
+            self._reads[size] = _bandwidth(self.spec, self.threads, size)
+        return self._reads[size]
+
+    def _find_peaks(self) -> dict[str, Limit]:
+        found = {"f32 FMA": _fma_peak(self.spec, self.threads)}
+        if bf16_dense.DOT in self.spec.features:
+            found["bf16 dot"] = _dot_peak(self.spec, self.threads)
+        else:
+            self.skipped.append(f"bf16 dot: the CPU has no {bf16_dense.DOT}")
+        if "amx-bf16" in self.spec.features:
+            found["bf16 AMX from L2"] = _amx_peak(self.spec, self.threads)
+        else:
+            self.skipped.append("bf16 AMX: the CPU has no amx-bf16")
+        return found
+
+
+def _limit(spec: TargetSpec, func: tirx.PrimFunc, amount: float, *arrays: np.ndarray) -> Limit:
     module = tvm.compile(tvm.IRModule({"main": func}), target=spec.target).mod
     tensors = [tvm.runtime.tensor(a) for a in arrays]
-    evaluate = module.time_evaluator("main", tvm.cpu(), number=1, repeat=9, min_repeat_ms=20)
-    return flops / float(np.min(evaluate(*tensors).results)) / 1e9
+    evaluate = module.time_evaluator(
+        "main", tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=REPEAT_MS
+    )
+    return Limit(lambda: evaluate(*tensors), amount)
 
 
-def _fma_peak(spec, threads: int) -> float:
-    lanes, depth, lines, columns = spec.isa.lanes, 1 << 16, 6, 2
+def _fma_peak(spec: TargetSpec, threads: int) -> Limit:
+    a = np.full((threads, spec.isa.lanes), 1e-3, np.float32)
+    return _register_peak(spec, a, 1, "")
+
+
+def _dot_peak(spec: TargetSpec, threads: int) -> Limit:
+    a = np.full((threads, spec.isa.lanes), 0x3C003C00, np.int32)  # pairs of 2**-7
+    return _register_peak(spec, a, 2, bf16_dense.LLVM, _dot)
+
+
+def _register_peak(
+    spec: TargetSpec, a: np.ndarray, products: int, llvm: str, dot: Callable | None = None
+) -> Limit:
+    """Return the limit of multiply-adds between registers, ``products`` to a lane."""
+    (threads, lanes), (lines, columns) = a.shape, SUMS
+    count = lines * columns * lanes
 
     def body() -> None:
-        a = argument("a", (i64(threads), i64(lanes)))
-        out = argument("out", (i64(threads), i64(lines * columns * lanes)))
-        with loops(threads, kind=T.parallel) as (t,):
-            value = a[t, T.ramp(i64(0), 1, lanes)]
+        operand = argument("a", (i64(threads), i64(lanes)), str(a.dtype))
+        out = argument("out", (i64(threads), i64(count)))
+        with T.attr(T.int64(0), "pragma_import_llvm", llvm):
+            with loops(threads, kind=T.parallel) as (t,):
+                value = operand[t, T.ramp(i64(0), 1, lanes)]
 
-            def step(p, add) -> None:
-                for line in range(lines):
-                    for column in range(columns):
+                def step(p, add) -> None:
+                    for line, column in product(range(lines), range(columns)):
                         add(line, column, value, value)
 
-            sums = accumulate(spec.isa, lanes, (lines, columns), depth, step)
-            for line in range(lines):
-                for column in range(columns):
+                sums = accumulate(spec.isa, lanes, SUMS, DEPTH, step, dot=dot)
+                for line, column in product(range(lines), range(columns)):
                     at = T.ramp(i64((line * columns + column) * lanes), 1, lanes)
                     T.buffer_store(out, sums[column][line], [t, at])
 
-    a = np.full((threads, lanes), 1e-3, np.float32)
-    out = np.zeros((threads, lines * columns * lanes), np.float32)
-    return _run(spec, prim_func(body), 2.0 * threads * depth * lines * columns * lanes, a, out)
+    out = np.zeros((threads, count), np.float32)
+    return _limit(spec, prim_func(body), 2.0 * products * threads * DEPTH * count, a, out)
 
 
-def _bandwidth(spec, threads: int, size: int) -> float:
-    lanes, unroll = spec.isa.lanes, 8
+def _dot(total, left, right):
+    return T.call_pure_extern("float32x16", "tvmstruct_bf16_dot", total, left, right)
+
+
+def amx_loop(threads: int, steps: int, repeat: int) -> tirx.PrimFunc:
+    """Return a loop that loads two tiles of x and two of w a step and multiplies all pairs."""
+    tiles, size = AmxTiles("tdpbf16ps"), 4 * TILE_WORDS
+
+    def body() -> None:
+        a = argument("a", (i64(threads * steps * size),), "int32")
+        out = argument("out", (i64(threads * size),))
+        with loops(threads, kind=T.parallel) as (t,):
+            tiles.begin()
+            for total in range(4):
+                tiles.zero(total)
+            with loops(repeat, steps) as (_, p):
+                for i, tile in enumerate((*LEFT, *RIGHT)):
+                    tiles.load(tile, a, (t * steps + p) * size + i * TILE_WORDS, 16)
+                for i, j in product(range(2), range(2)):
+                    tiles.dot(2 * i + j, LEFT[i], RIGHT[j])
+            for total in range(4):
+                tiles.store(total, out, t * size + total * TILE_WORDS, 16)
+            tiles.end()
+
+    return prim_func(body)
+
+
+def _amx_peak(spec: TargetSpec, threads: int) -> Limit:
+    steps = LEVELS["L2"] // (4 * 4 * TILE_WORDS)
+    repeat = LEAST_READ // LEVELS["L2"]
+    a = np.zeros(threads * steps * 4 * TILE_WORDS, np.int32)
+    out = np.zeros(threads * 4 * TILE_WORDS, np.float32)
+    flops = 4.0 * TILE_FLOPS * threads * steps * repeat
+    return _limit(spec, amx_loop(threads, steps, repeat), flops, a, out)
+
+
+def _bandwidth(spec: TargetSpec, threads: int, size: int) -> Limit:
+    lanes, unroll = spec.isa.lanes, UNROLL
     steps = size // 4 // lanes // unroll
-    repeat = max(1, (8 << 20) // size)
+    repeat = max(1, LEAST_READ // size)
 
     def body() -> None:
         a = argument("a", (i64(threads), i64(steps * unroll * lanes)))
@@ -77,9 +227,4 @@ def _bandwidth(spec, threads: int, size: int) -> float:
     count = steps * unroll * lanes
     a = np.random.default_rng(0).random((threads, count), np.float32)
     out = np.zeros((threads, unroll * lanes), np.float32)
-    return _run(spec, prim_func(body), 4.0 * threads * count * repeat, a, out)
-
-
-if __name__ == "__main__":
-    for name, value in measure(resolve("host").threads).items():
-        print(f"{name:14} {value:8.1f}")
+    return _limit(spec, prim_func(body), 4.0 * threads * count * repeat, a, out)
