@@ -24,10 +24,11 @@ test: $(STAMP)-dev  ## the tests, without the slow ones
 test-slow: $(STAMP)-dev  ## the slow tests only: fuzzing, searches
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
-bench: $(STAMP)-bench  ## every benchmark against its peers
-	@for file in benchmarks/bench_*.py; do \
-	  [ -e "$$file" ] || { echo "benchmarks/: no bench_*.py yet"; break; }; \
-	  echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+bench: $(STAMP)-bench  ## every benchmark against its peers; figures in build/bench/
+	@failed=0; for file in benchmarks/bench_*.py; do \
+	  name=$$(basename "$$file" .py); echo "== $$file"; \
+	  $(BIN)/python "$$file" --json "build/bench/$${name#bench_}.json" || failed=1; \
+	done; exit $$failed
 
 lint: $(STAMP)-dev  ## ruff and pyright
 	$(BIN)/ruff check .
