@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,11 @@ from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
 
+PROBES = 64  # random rows for the error of a structured operator
+
 
 class ChoosePrecision:
-    """Mark every dense layer whose weight a precision can hold; structured layers stay in f32."""
+    """Mark every layer whose weights a precision can hold; int8 leaves structured ones in f32."""
 
     name = "choose_precision"
 
@@ -43,19 +46,41 @@ class ChoosePrecision:
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
 
     def _obstacle(self, layer: Layer) -> str | None:
-        if not isinstance(layer.op, ops.Dense):
+        dense = isinstance(layer.op, ops.Dense)
+        if not dense and self.precision == "int8":
             return f'structured layers have no "{self.precision}" kernel'
-        stored = layer.op.w if self.precision == "int8" else round_bf16(layer.op.w)
-        if not np.isfinite(stored.astype(np.float32)).all():
-            return f"the weight has values that {self.precision} cannot hold"
+        for w in layer.op.arrays():
+            stored = w if self.precision == "int8" else round_bf16(w)
+            if not np.isfinite(stored.astype(np.float32)).all():
+                return f"the weight has values that {self.precision} cannot hold"
         return None
 
     def _store(self, layer: Layer, form: Form) -> None:
-        assert isinstance(layer.op, ops.Dense)
         form.precision = self.precision
-        form.error = stored_error(layer.op.w, self.precision)
+        if isinstance(layer.op, ops.Dense):
+            error = stored_error(layer.op.w, self.precision)
+            form.reason = self.kernels.precision(self.precision).note
+        else:
+            error = _rounding_error(layer.op)
+            note = "weights in bf16, x and arithmetic in f32"
+            form.reason = f"{form.reason}; {note}" if form.reason else note
+        form.error = math.hypot(form.error, error)
         form.bytes = self._bytes(layer.op.n_out, layer.op.params)
-        form.reason = self.kernels.precision(self.precision).note
 
     def _bytes(self, n_out: int, params: int) -> int:
         return params + 8 * n_out if self.precision == "int8" else 2 * params
+
+
+def _rounding_error(op: ops.Op) -> float:
+    """Return the relative Frobenius error of an operator in bf16, estimated on random rows.
+
+    Never dense: that may be a thousand times larger. Diagonals are vectors and stay in f32.
+    """
+
+    def stored(w: np.ndarray) -> np.ndarray:
+        return w if w.ndim == 1 else round_bf16(w).astype(np.float64)
+
+    x = np.random.default_rng(0).standard_normal((PROBES, op.n_in))
+    y = op.apply(x)
+    norm = float(np.linalg.norm(y))
+    return float(np.linalg.norm(ops.map_arrays(op, stored).apply(x) - y)) / norm if norm else 0.0

@@ -14,6 +14,7 @@ from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, LayerTabl
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack
+from tvmstruct.schedules.compute.low_precision import pair_vectors
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
@@ -85,11 +86,12 @@ class EmitKernels:
                 return kernel, [x, *words, *self._bias(node), *residual]
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
             return kernel, [x, *self._packed(node), *residual]
-        program = self.store.program(node.key, node.op, self.kernels.lanes)
+        paired = node.precision != "f32"
+        program = self.store.program(node.key, node.op, self.kernels.lanes, paired=paired)
         kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
         weights = [
-            self.store.tensor(f"{node.key}#stage{i}", lambda w=w: w)
-            for i, w in enumerate(program.weights)
+            self.store.tensor(f"{node.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+            for i in range(len(program.weights))
         ]
         return kernel, [x, *map(relax.const, weights), *self._bias(node), *residual]
 

@@ -82,18 +82,28 @@ def test_precision_does_not_keep_f32_weights():
     assert {str(t.dtype) for key, t in stored.items() if "layer" in key} == {"int32"}
 
 
-def test_a_planned_layer_keeps_f32_and_says_so():
-    plan = {
-        "version": 1,
-        "layers": {"layer.0.weight": {"family": "low_rank", "parameters": {"r": 4}}},
-    }
-    first, second = compiled("bf16", plan=plan).report().layers
-    assert first.form == "low_rank"
-    assert 'f32: structured layers have no "bf16" kernel' in first.reason
-    assert second.form == "dense bf16"
-    exact, rounded = compiled("f32", plan=plan), compiled("bf16", plan=plan)
+PLAN = {
+    "version": 1,
+    "layers": {"layer.0.weight": {"family": "low_rank", "parameters": {"r": 4}}},
+}
+
+
+@every_precision
+def test_a_planned_layer_takes_bf16_weights_but_not_int8(precision):
+    first, second = compiled(precision, plan=PLAN).report().layers
+    exact_first = compiled("f32", plan=PLAN).report().layers[0]
+    assert second.form == f"dense {precision}"
+    if precision == "int8":
+        assert first.form == "low_rank"
+        assert 'f32: structured layers have no "int8" kernel' in first.reason
+    else:
+        assert first.form == f"low_rank {precision}"
+        assert "weights in bf16" in first.reason
+        assert first.bytes == exact_first.bytes // 2
+        assert exact_first.error < first.error < exact_first.error + 0.01
+    exact, rounded = compiled("f32", plan=PLAN), compiled(precision, plan=PLAN)
     x = models.rng(0).normal(size=(7, 24)).astype(np.float32)
-    assert 0 < relative(rounded(x), exact(x)) < BOUNDS["bf16"]
+    assert 0 < relative(rounded(x), exact(x)) < BOUNDS[precision]
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

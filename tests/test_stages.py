@@ -30,8 +30,9 @@ def _matmul(s: MatMul, buffers, weights) -> None:
     w = weights[s.weight].astype(np.float64)
     for g, q in itertools.product(range(s.groups), range(s.q)):
         total = 0.0
-        for p in range(s.p):
-            at = s.src_offset + g * s.src_group + p * s.src_p
+        for p, index in enumerate(itertools.product(*(range(e) for e, _ in s.depth))):
+            at = s.src_offset + g * s.src_group
+            at += sum(i * stride for i, (_, stride) in zip(index, s.depth, strict=True))
             total += buffers[s.src][at] * w[_packed(s, g, p, q)]
         place = g * s.dst_group + q * s.dst_q
         buffers[s.dst][place] = total + (buffers[s.dst][place] if s.accumulate else 0.0)
@@ -47,7 +48,7 @@ def _packed(s: MatMul, g: int, p: int, q: int) -> int:
     if s.shared:
         return (chunk * s.p + p) * s.tile + t
     block, lane = divmod(g, s.lanes)
-    return (((chunk * (s.groups // s.lanes) + block) * s.p + p) * s.tile + t) * s.lanes + lane
+    return (((block * (s.q // s.tile) + chunk) * s.p + p) * s.tile + t) * s.lanes + lane
 
 
 def _copy(s: Copy, buffers, weights) -> None:
@@ -74,12 +75,15 @@ def _zero(s: Zero, buffers, weights) -> None:
 STEPS = {MatMul: _matmul, Copy: _copy, Hadamard: _hadamard, Zero: _zero}
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_a_program_computes_its_expression(name, lanes, rng):
+def test_a_program_computes_its_expression(name, lanes, paired, rng):
     op = EXPRESSIONS[name]
     x = rng.normal(size=op.n_in)
-    found = interpret(lower(op, lanes, "float64"), x)
+    program = lower(op, lanes, "float64", paired=paired)
+    assert all(s.tile % 2 == 0 for s in program.stages if isinstance(s, MatMul) and paired)
+    found = interpret(program, x)
     scale = max(1.0, float(np.abs(op.apply(np.abs(x))).max()))
     np.testing.assert_allclose(found, op.apply(x), **tolerance("float64", op.n_in, scale=scale))
 

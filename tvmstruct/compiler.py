@@ -40,9 +40,10 @@ def compile(
     ``plan`` names layers and the forms they take. ``precision`` is how dense layers multiply:
     "f32", "bf16" (weights and inputs of the product in bfloat16), "bf16-weights" (weights only) or
     "int8" (a scale per output column and per row of the input); the sums are float32 or exact
-    int32, structured layers, attention and normalisation stay in float32, and ``report()`` says
-    what every layer lost. ``buckets`` is "auto" (pad a batch or a
-    length to the next of a few sizes where that provably or by probe changes nothing),
+    int32; structured layers keep their inputs in float32, and under int8 their weights too;
+    attention and normalisation stay in float32, and ``report()`` says what every layer lost.
+    ``buckets`` is "auto" (pad a batch or a length to the next of a few sizes where that provably
+    or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
     first used; one small shape is compiled at once, so that errors come now and ``report()``
     has something to say. ``database`` is a folder that ``tune`` wrote: kernels whose exact shape

@@ -4,7 +4,8 @@
 feature buffers. Permutations, slices and paddings at the end of a buffer cost nothing: a
 `Value` carries them as a strided view, and the next stage reads through it. What is left:
 
-* `MatMul`: ``dst[g, q] = sum_p src[g, p] * w[g, p, q]``, vectorised over q or over g;
+* `MatMul`: ``dst[g, q] = sum_p src[g, p] * w[g, p, q]``, vectorised over q or over g, reading
+  through any view whose groups are one stride and whose p are at most two;
 * `Copy`: a strided copy, with an optional elementwise weight, where no view can serve;
 * `Hadamard`: butterflies in place.
 """
@@ -12,6 +13,7 @@ feature buffers. Permutations, slices and paddings at the end of a buffer cost n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import singledispatchmethod
 
@@ -28,18 +30,18 @@ class MatMul:
     """``groups`` products of p by q; ``vector`` says which axis the lanes run along.
 
     Weights are packed ``[groups][q / (lanes tile)][p][lanes tile]`` for "column" (one group if
-    ``shared``) and ``[q / tile][groups / lanes][p][tile][lanes]`` for "group" (without groups
-    and lanes if ``shared``: one number serves all lanes).
+    ``shared``) and ``[groups / lanes][q / tile][p][tile][lanes]`` for "group" (without groups
+    and lanes if ``shared``: one number serves all lanes). Where ``paired`` the tile is even, so
+    that a word can hold two bfloat16: the entries of vectors 2i and 2i + 1 of a tile.
     """
 
     src: int
     dst: int
     groups: int
-    p: int
-    q: int  # padded to whole tiles in "column" mode
+    depth: tuple[Dim, ...]  # extents and strides in src, whose product is p
+    q: int  # padded to whole tiles
     src_offset: int
     src_group: int  # strides
-    src_p: int
     dst_group: int
     dst_q: int
     weight: int
@@ -48,6 +50,17 @@ class MatMul:
     lanes: int
     tile: int
     accumulate: bool = False
+    paired: bool = False
+
+    @property
+    def p(self) -> int:
+        """Products in a sum."""
+        return math.prod(extent for extent, _ in self.depth)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one row, those with padding included."""
+        return self.groups * self.p * self.q
 
 
 @dataclass(frozen=True)
@@ -106,21 +119,37 @@ class Value:
 
 @dataclass
 class Program:
-    """Stages, the number of features of every buffer, and the packed weights."""
+    """Stages, the number of features of every buffer, and the packed weights.
+
+    ``pairs`` are the weights whose entries belong together in twos, one word for both.
+    """
 
     sizes: list[int]
     stages: list[Stage] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
+    pairs: set[int] = field(default_factory=set)
 
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that the code depends on: equal keys, equal kernels."""
         return (tuple(self.sizes), tuple(self.stages), tuple(w.size for w in self.weights))
 
+    def words(self, weight: int) -> int:
+        """Return the number of stored elements of a weight."""
+        return self.weights[weight].size // (2 if weight in self.pairs else 1)
 
-def lower(op: ops.Op, lanes: int, dtype: str = "float32") -> Program:
+    def stored(self, weight: int, pair: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+        """Return a weight as kernels read it: ``pair(w, lanes)`` makes words of its pairs."""
+        if weight not in self.pairs:
+            return self.weights[weight]
+        stage = next(s for s in self.stages if isinstance(s, MatMul) and s.weight == weight)
+        each = 1 if stage.shared and stage.vector == "group" else stage.lanes
+        return pair(self.weights[weight], each)
+
+
+def lower(op: ops.Op, lanes: int, dtype: str = "float32", *, paired: bool = False) -> Program:
     """Return the program that computes ``x @ op`` with vectors of at most ``lanes``."""
-    lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype))
+    lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype), paired)
     value = lowering.visit(op, Value(X, ((op.n_in, 1),)))
     lowering.store(value, Y, accumulate=False)
     return lowering.program
@@ -161,16 +190,19 @@ def split(dims: tuple[Dim, ...], sizes: tuple[int, ...]) -> list[tuple[Dim, ...]
 
 
 class _Lowering:
-    def __init__(self, program: Program, lanes: int, dtype: np.dtype) -> None:
-        self.program, self.lanes, self.dtype = program, lanes, dtype
+    def __init__(self, program: Program, lanes: int, dtype: np.dtype, paired: bool) -> None:
+        self.program, self.lanes, self.dtype, self.paired = program, lanes, dtype, paired
 
     def new_buffer(self, size: int) -> int:
         self.program.sizes.append(size)
         return len(self.program.sizes) - 1
 
-    def add_weight(self, array: np.ndarray) -> int:
+    def add_weight(self, array: np.ndarray, *, paired: bool = False) -> int:
         self.program.weights.append(np.ascontiguousarray(array, self.dtype).reshape(-1))
-        return len(self.program.weights) - 1
+        number = len(self.program.weights) - 1
+        if paired:
+            self.program.pairs.add(number)
+        return number
 
     def emit(self, stage: Stage) -> None:
         self.program.stages.append(stage)
@@ -276,49 +308,74 @@ class _Lowering:
     def matmul(self, w: np.ndarray, groups: int, x: Value, *, shared: bool) -> Value:
         _, p, q = w.shape
         parts = split(x.dims, (groups, p))
-        if parts is None or max(map(len, parts)) > 1:
+        if parts is None or len(parts[0]) > 1 or len(parts[1]) > 2:
             x = self.materialise(x)
             parts = split(x.dims, (groups, p))
-        strides = [part[0][1] if part else 0 for part in parts or ()]
+        assert parts is not None
+        stride = parts[0][0][1] if parts[0] else 0
+        depth = parts[1] or ((1, 0),)
         along = next((v for v in (16, 8, 4) if v <= self.lanes and groups % v == 0), 0)
-        if strides[0] == 1 and along and p * q > 1:
-            return self._matmul_over_groups(w, groups, x, strides, along, shared)
-        return self._matmul_over_columns(w, groups, x, strides, shared)
+        if stride == 1 and along and p * q > 1:
+            return self._matmul_over_groups(w, groups, x, depth, along, shared)
+        return self._matmul_over_columns(w, groups, x, stride, depth, shared)
 
     def _matmul_over_groups(
-        self, w: np.ndarray, groups: int, x: Value, strides: list[int], lanes: int, shared: bool
+        self,
+        w: np.ndarray,
+        groups: int,
+        x: Value,
+        depth: tuple[Dim, ...],
+        lanes: int,
+        shared: bool,
     ) -> Value:
         """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
         count, p, q = w.shape
-        tile = 2 if q % 2 == 0 else 1
+        outputs = q + q % 2 if self.paired else q
+        tile = next(t for t in ((4, 2) if self.paired else (4, 3, 2, 1)) if outputs % t == 0)
         each = 1 if shared else lanes
-        packed = w.reshape(count // each, each, p, q // tile, tile).transpose(3, 0, 2, 4, 1)
-        dst = self.new_buffer(groups * q)
+        padded = self._padded(w, outputs)
+        packed = padded.reshape(count // each, each, p, outputs // tile, tile)
+        dst = self.new_buffer(groups * outputs)
         self.emit(
             MatMul(
-                x.buffer, dst, groups, p, q, x.offset, 1, strides[1], 1, groups,
-                self.add_weight(packed), shared, "group", lanes, tile,
+                x.buffer, dst, groups, depth, outputs, x.offset, 1, 1, groups,
+                self.add_weight(packed.transpose(0, 3, 2, 4, 1), paired=self.paired),
+                shared, "group", lanes, tile,
+                paired=self.paired,
             )
         )  # fmt: skip
         return Value(dst, ((groups, 1), (q, groups)))
 
     def _matmul_over_columns(
-        self, w: np.ndarray, groups: int, x: Value, strides: list[int], shared: bool
+        self,
+        w: np.ndarray,
+        groups: int,
+        x: Value,
+        stride: int,
+        depth: tuple[Dim, ...],
+        shared: bool,
     ) -> Value:
         """Lanes along the outputs; q is padded to whole vectors, so rows of dst are too."""
         count, p, q = w.shape
         lanes = next(v for v in (4, 8, 16) if v >= min(q, self.lanes))
         vectors = -(-q // lanes)
-        tile = next(t for t in (3, 2, 1) if vectors % t == 0)
+        if self.paired:
+            vectors += vectors % 2
+        tile = next(t for t in ((2,) if self.paired else (3, 2, 1)) if vectors % t == 0)
         width = vectors * lanes
-        padded = np.zeros((count, p, width), self.dtype)
-        padded[:, :, :q] = w
-        packed = padded.reshape(count, p, vectors // tile, tile * lanes).transpose(0, 2, 1, 3)
+        packed = self._padded(w, width).reshape(count, p, vectors // tile, tile * lanes)
         dst = self.new_buffer(groups * width)
         self.emit(
             MatMul(
-                x.buffer, dst, groups, p, width, x.offset, strides[0], strides[1], width, 1,
-                self.add_weight(packed), shared, "column", lanes, tile,
+                x.buffer, dst, groups, depth, width, x.offset, stride, width, 1,
+                self.add_weight(packed.transpose(0, 2, 1, 3), paired=self.paired),
+                shared, "column", lanes, tile,
+                paired=self.paired,
             )
         )  # fmt: skip
         return Value(dst, ((groups, width), (q, 1)))
+
+    def _padded(self, w: np.ndarray, width: int) -> np.ndarray:
+        padded = np.zeros((*w.shape[:2], width), self.dtype)
+        padded[:, :, : w.shape[2]] = w
+        return padded

@@ -41,6 +41,12 @@ def pack_words(w: np.ndarray, width: int, *, multiple: int = 1) -> np.ndarray:
     return np.ascontiguousarray(order).view(np.int32).reshape(panels, words, width)
 
 
+def pair_vectors(w: np.ndarray, lanes: int) -> np.ndarray:
+    """Return flat float32 ``w`` as words of bfloat16: vector 2i of ``lanes`` low, 2i + 1 high."""
+    halves = round_bf16(w).view(np.uint16).reshape(-1, 2, lanes).astype(np.uint32)
+    return (halves[:, 0] | halves[:, 1] << 16).reshape(-1).view(np.int32)
+
+
 def pad_columns(row: np.ndarray, width: int) -> np.ndarray:
     """Return ``row`` (n) with zeros up to whole panels."""
     return np.pad(row, (0, -len(row) % width))

@@ -35,7 +35,7 @@ class X86Kernels:
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""
-        return chain(self.isa, program, epilogue, rows, macs)
+        return chain(self.isa, program, epilogue, rows, macs, self.threads)
 
     def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:
         """Return whether (k, hidden, n) in one kernel is legal and pays for so many rows."""

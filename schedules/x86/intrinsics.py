@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -10,6 +12,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
+from tvmstruct.schedules.compute.chain import Tile, emit_tile, touch_tile, widen
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.targets import Isa
 
@@ -78,3 +81,108 @@ def _tile_implementation(
                 T.buffer_store(c, total, list(place(row, column)))
 
     return prim_func(body)
+
+
+@cache
+def product_tile(isa: Isa, tile: Tile) -> str:
+    """Register a tile of a structured operator and return the intrinsic's name."""
+    digest = hashlib.sha256(repr(tile).encode()).hexdigest()[:16]
+    name = f"tvmstruct.product_tile.{isa.name}.{digest}"
+    describe, implement = _product_description(tile), _product_implementation(isa, tile)
+    TensorIntrin.register(name, describe, implement, override=True)
+    return name
+
+
+def _product_description(tile: Tile) -> tirx.PrimFunc:
+    def body() -> None:
+        buffers = _tile_arguments(tile)
+        with T.sblock("root"):
+            touch_tile(tile, buffers, _starts(tile))
+            emit_tile(tile, buffers, _starts(tile))
+
+    return prim_func(body)
+
+
+def _product_implementation(isa: Isa, tile: Tile) -> tirx.PrimFunc:
+    depth = tuple(extent for extent, _ in tile.depth)
+
+    def body() -> None:
+        buffers = _tile_arguments(tile, strided=True)
+        code = _Product(tile, *buffers)
+        with T.sblock("root"):
+            touch_tile(tile, buffers, _starts(tile))
+            shape = (len(code.lines), code.vectors)
+            code.store(accumulate(isa, tile.lanes, shape, depth, code.step))
+
+    return prim_func(body)
+
+
+@dataclass
+class _Product:
+    """The register-tile form of a `Tile`: lines are its rows, and its groups where they share b."""
+
+    tile: Tile
+    a: object
+    b: object
+    c: object
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a line."""
+        tile = self.tile
+        return tile.columns if tile.over_groups else tile.columns // tile.lanes
+
+    @property
+    def lines(self) -> list[tuple[int, int]]:
+        """(row, group) of each line."""
+        groups = 1 if self.tile.over_groups else self.tile.groups
+        return list(product(range(self.tile.rows), range(groups)))
+
+    def step(self, at: list, add) -> None:
+        """Add the products of one step of the depth."""
+        words = 2 if self.tile.paired else 1
+        for v in range(0, self.vectors, words):
+            for half, weight in enumerate(self._weights(at, v // words)):
+                for line, (row, group) in enumerate(self.lines):
+                    add(line, v + half, self._left(row, group, at), weight)
+
+    def store(self, sums: list[list]) -> None:
+        """Write the sums, or add them to what is there."""
+        tile = self.tile
+        for (line, (row, group)), v in product(enumerate(self.lines), range(self.vectors)):
+            place = self._vector(tile.c(row, group, v if tile.over_groups else v * tile.lanes))
+            value = sums[v][line]
+            T.buffer_store(self.c, value if tile.clear else self.c[place] + value, list(place))
+
+    def _left(self, row: int, group: int, at: list):
+        index = self.tile.a(row, group, at)
+        if self.tile.over_groups:
+            return self.a[self._vector(index)]
+        return T.broadcast(self.a[index], self.tile.lanes)
+
+    def _weights(self, at: list, v: int) -> list:
+        """Return the weights of vector v, or of the two vectors whose words are there."""
+        tile = self.tile
+        index = tile.b(0, at, v if tile.over_groups else v * tile.lanes)
+        lanes = 1 if tile.over_groups and not tile.b_group else tile.lanes
+        found = self.b[index if lanes == 1 else self._vector(index)]
+        halves = [widen(found, half, lanes) for half in (0, 1)] if tile.paired else [found]
+        return [h if lanes == tile.lanes else T.broadcast(h, tile.lanes) for h in halves]
+
+    def _vector(self, index: tuple) -> tuple:
+        return (*index[:-1], T.ramp(index[-1], 1, self.tile.lanes))
+
+
+def _starts(tile: Tile) -> list[tuple]:
+    return [(i64(0),) * len(shape) for shape in tile.span]
+
+
+def _tile_arguments(tile: Tile, *, strided: bool = False) -> tuple:
+    """Declare a, b and c of a tile, whose rows, where they are an axis, are any distance apart."""
+
+    def declare(name: str, shape: tuple[int, ...], dtype: str = "float32"):
+        layout = {"strides": [symbol(f"ld{name}"), 1]} if strided and len(shape) > 1 else {}
+        return argument(name, shape, dtype, offset_factor=1, **layout)
+
+    a, b, c = tile.span
+    return declare("a", a), declare("b", b, "int32" if tile.paired else "float32"), declare("c", c)
