@@ -104,6 +104,11 @@ class Line:
         return "bf16" if self.ours == OURS_BF16 else "f32"
 
     @property
+    def runners(self) -> tuple[str, ...]:
+        """Every contender, ours last."""
+        return (*self.contenders, self.ours)
+
+    @property
     def layers(self) -> int:
         """Layers that a call runs, over which its time is divided."""
         return self.case.layers if isinstance(self.case, Stack) else 1

@@ -98,9 +98,8 @@ def _openvino(model: bytes, feeds: Feeds, threads: int, precision: str | None) -
     graph = core.read_model(model)
     graph.reshape({name: list(array.shape) for name, array in feeds.items()})
     request = core.compile_model(graph, "CPU", settings).create_infer_request()
-    inputs = [openvino.Tensor(array, shared_memory=True) for array in feeds.values()]
-    for i, tensor in enumerate(inputs):
-        request.set_input_tensor(i, tensor)
+    for i, array in enumerate(feeds.values()):
+        request.set_input_tensor(i, openvino.Tensor(array))  # a copy, which lives with the request
 
     def call() -> Any:
         request.infer()

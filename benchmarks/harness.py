@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def select(lines: Sequence[Line], only: str) -> list[Line]:
 
 def run(lines: Sequence[Line], roof: Roof, rounds: int, seconds: float) -> list[Result]:
     """Measure all lines."""
-    names = dict.fromkeys(n for line in lines for n in (*line.contenders, line.ours))
+    names = dict.fromkeys(n for line in lines for n in line.runners)
     workers = {name: Worker(name, roof.threads) for name in names}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,23 +84,33 @@ def _measure(
     work, files = _work(line, weights)
     result = Result(line, work)
     roof.measure(work, line.precision)
-    times: dict[str, list[float]] = {}
-    for name in dict.fromkeys((*line.contenders, line.ours)):
+    for name in line.runners:
         try:
             if form := workers[name].prepare(line.case, files):
                 result.forms[name] = form
-            times[name] = []
         except RuntimeError as error:
             result.failures[name] = str(error)
-    for _ in range(rounds):
-        for name, found in times.items():
-            found.extend(workers[name].time(seconds))
-    for name, found in times.items():
+    for name, found in _time_in_turns(result, workers, rounds, seconds).items():
         quarters = statistics.quantiles(found, n=4)
         result.seconds[name] = statistics.median(found) / line.layers
         result.spread[name] = (quarters[2] - quarters[0]) / line.layers
     roof.measure(work, line.precision)
     return result
+
+
+def _time_in_turns(
+    result: Result, workers: dict[str, Worker], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return the seconds of all calls of every contender that has not failed."""
+    line, times = result.line, defaultdict[str, list[float]](list)
+    for _ in range(rounds):
+        for name in line.runners:
+            if name not in result.failures:
+                try:
+                    times[name].extend(workers[name].time(seconds))
+                except RuntimeError as error:
+                    result.failures[name] = str(error)
+    return {name: found for name, found in times.items() if name not in result.failures}
 
 
 def _work(line: Line, weights: Weights) -> tuple[Work, list[str]]:

@@ -31,13 +31,17 @@ class Worker:
     """A contender in its own process."""
 
     def __init__(self, name: str, threads: int) -> None:
-        self.name = name
+        self.name, self.threads = name, threads
+        self._start()
+
+    def _start(self) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS"):
-            os.environ[variable] = str(threads)
+            os.environ[variable] = str(self.threads)
         os.environ["TVM_BIND_THREADS"] = "0"
-        self.process = context.Process(target=_serve, args=(theirs, name, threads), daemon=True)
+        arguments = (theirs, self.name, self.threads)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that a worker that dies is an end of file here
 
@@ -51,10 +55,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        try:
-            self.pipe.send(("stop",))
-        except OSError:
-            pass  # it has died, and was reported
+        self.pipe.send(("stop",))
         self.process.join(10)
 
     def _ask(self, *message: Any) -> Any:
@@ -62,7 +63,10 @@ class Worker:
             self.pipe.send(message)
             status, answer = self.pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"the process of {self.name} has died") from None
+            self.process.join()
+            code = self.process.exitcode
+            self._start()  # the next case may do better
+            raise RuntimeError(f"its process died with exit code {code}") from None
         if status == "error":
             raise RuntimeError(answer)
         return answer

@@ -35,7 +35,7 @@ def show(title: str, results: Sequence[Result], roof: Roof) -> None:
 
 def _table(title: str, results: Sequence[Result]) -> Table:
     others = by_name(results)
-    names = list(dict.fromkeys(n for r in results for n in (*r.line.contenders, r.line.ours)))
+    names = list(dict.fromkeys(n for r in results for n in r.line.runners))
     names.sort(key=lambda name: not name.startswith(OURS))
     table = Table(title=f"{title}: medians in us, spread between the quartiles")
     table.add_column("case", no_wrap=True)
@@ -72,10 +72,10 @@ def _time(result: Result, name: str) -> str:
 
 
 def _cells(verdict: Verdict, result: Result) -> list[str]:
-    wanted = f"{verdict.least:.2f}"
+    wanted = f"{verdict.least:.3g}"
     if verdict.least < verdict.stated:
         wanted += f" (stated {verdict.stated:g})"
-    numbers = [f"{v:.2f}" if v is not None else "-" for v in (verdict.value, verdict.bound)]
+    numbers = [f"{v:.3g}" if v is not None else "-" for v in (verdict.value, verdict.bound)]
     colour = COLOURS.get(verdict.word)
     word = f"[{colour}]{verdict.word}[/]" if colour else verdict.word
     return [verdict.label, numbers[0], wanted, numbers[1], word]
