@@ -189,6 +189,18 @@ def split(dims: tuple[Dim, ...], sizes: tuple[int, ...]) -> list[tuple[Dim, ...]
     return parts
 
 
+def separable(a: MatMul, b: MatMul) -> bool:
+    """Return whether each group of ``b`` reads only outputs of ``a`` that no other group reads.
+
+    Then equal shares of the outputs of ``a`` and of the groups of ``b`` belong together.
+    """
+    if a.vector != "group" or a.dst != b.src or a.accumulate or b.src_offset:
+        return False
+    span = sum((extent - 1) * stride for extent, stride in b.depth) + 1
+    each, rest = divmod(b.src_group, a.dst_q)
+    return rest == 0 and each * b.groups == a.q and span <= b.src_group
+
+
 class _Lowering:
     def __init__(self, program: Program, lanes: int, dtype: np.dtype, paired: bool) -> None:
         self.program, self.lanes, self.dtype, self.paired = program, lanes, dtype, paired

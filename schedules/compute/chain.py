@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, Segment, row_segments
-from tvmstruct.stages import Copy, Dim, Hadamard, MatMul, Program, Stage, X, Y, Zero
+from tvmstruct.stages import Copy, Dim, Hadamard, MatMul, Program, Stage, X, Y, Zero, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
@@ -30,14 +30,16 @@ HIGH = -65536  # 0xffff0000: the upper half of a word
 class RowNest:
     """How rows are cut: ``block`` of them pass all stages together, ``heights`` fit in registers.
 
-    Threads share the blocks ("rows"), the tiles of each stage of over ``shared_macs`` ("stages") or
-    nothing ("none"). A tile has at most ``sums`` vectors, summed over ``depth`` products at a time.
+    The threads, of which there are ``workers``, share the blocks ("rows"), the tiles of each stage
+    of over ``shared_macs`` ("stages") or nothing ("none"). A tile has at most ``sums`` vectors,
+    summed over ``depth`` products at a time.
     """
 
     heights: tuple[int, ...]
     block: int
     threads: str
     sums: int
+    workers: int = 1
     shared_macs: int = 0
     depth: int = 256
 
@@ -105,6 +107,7 @@ def _row_place(row, index, stride: int | None) -> tuple:
     return (row, index) if stride is None else (row * stride + index,)
 
 
+Part = tuple[str, object, int]  # an axis of tiles, which part of it, of how many
 Start = tuple  # an index of a buffer, onto which the places of a tile are added
 
 
@@ -190,8 +193,9 @@ def chain(
         with T.sblock("root"):  # by hand: a single product would be taken for it
             T.reads()
             T.writes()
-            for i, segment in enumerate(row_segments(m if rows is None else rows, heights)):
-                kernel.emit(segment, parallel=nest.threads == "rows" and i == 0)
+            for segment in row_segments(m if rows is None else rows, heights):
+                many = segment.height >= nest.heights[0]
+                kernel.emit(segment, parallel=nest.threads == "rows" and many)
 
     return prim_func(body), list(tiles)
 
@@ -232,32 +236,40 @@ class _Kernel:
             else None
             for size in self.program.sizes[Y + 1 :]
         ]
+
+        def rows(first) -> _Block:
+            buffers = [_Rows(self.x, first), _Rows(self.y, first), *scratch]
+            return _Block(self, first, height, buffers)
+
         if isinstance(count, tirx.IntImm) and int(count) == 1:
-            self._stages(segment.start, height, scratch)
+            self._stages(rows(segment.start))
             return
         with loops(count, kind=T.parallel if parallel else None) as (t,):
             with block("rows", [(count, t)]) as (vt,):
-                first = segment.start + vt * height
-                self._touch(first, height, scratch)
-                self._stages(first, height, scratch)
+                work = rows(segment.start + vt * height)
+                self.touch(work)
+                self._stages(work)
 
-    def _touch(self, first, height: int, scratch: list) -> None:
+    def touch(self, work: _Block) -> None:
         """State what a block of rows reads and writes: else small buffers inside would be named."""
 
         def rows(buffer):
-            return buffer[first : first + height, 0 : buffer.shape[1]]
+            return buffer[work.first : work.first + work.height, 0 : buffer.shape[1]]
 
-        own = [s.buffer[0 : s.buffer.shape[0]] for s in scratch if s is not None]
+        own = [s.buffer[0 : s.buffer.shape[0]] for s in work.buffers[Y + 1 :] if s is not None]
         flat = [*self.weights, *([self.bias] if self.bias is not None else [])]
         reads = [self.x, *([self.residual] if self.residual is not None else []), self.y]
         T.reads(*map(rows, reads), *(b[0 : b.shape[0]] for b in flat), *own)
         T.writes(rows(self.y), *own)
 
-    def _stages(self, first, height: int, scratch: list) -> None:
-        buffers = [_Rows(self.x, first), _Rows(self.y, first), *scratch]
-        work = _Block(self, first, height, buffers)
-        for stage in self.program.stages:
-            work.emit(stage)
+    def _stages(self, work: _Block) -> None:
+        stages = list(self.program.stages)
+        while stages:
+            shards = work.shards(*stages[:2]) if len(stages) > 1 else 1
+            if shards > 1:
+                work.emit_shards(stages.pop(0), stages.pop(0), shards)
+            else:
+                work.emit(stages.pop(0))
         work.finish()
 
 
@@ -303,17 +315,43 @@ class _Block:
         else:
             self._hadamard(stage)
 
-    def _multiply(self, s: MatMul) -> None:
+    def _shared(self, macs: int) -> bool:
+        """Return whether threads share so many multiply-adds for each row of the block.
+
+        One row waits for its weights as long as two rows take to multiply.
+        """
+        nest = self.kernel.nest
+        return nest.threads == "stages" and macs * max(2, self.height) > nest.shared_macs
+
+    def shards(self, a: Stage, b: Stage) -> int:
+        """Return into how many independent parts two stages fall, one for each thread, or 1."""
+        if not (isinstance(a, MatMul) and isinstance(b, MatMul) and separable(a, b)):
+            return 1
+        if not self._shared(a.macs + b.macs):
+            return 1
+        columns, groups = a.q // self._tile(a).columns, b.groups // self._tile(b).groups
+        most = self.kernel.nest.workers
+        return next(n for n in range(most, 0, -1) if columns % n == 0 and groups % n == 0)
+
+    def emit_shards(self, a: MatMul, b: MatMul, shards: int) -> None:
+        """Emit two products such that a thread reads in the second what it wrote in the first."""
+        with loops(shards, kind=T.parallel) as (t,):
+            with block("shard", [(shards, t)]) as (shard,):
+                self.kernel.touch(self)
+                self._multiply(a, ("column", shard, shards))
+                self._multiply(b, ("group", shard, shards))
+
+    def _multiply(self, s: MatMul, part: Part | None = None) -> None:
         """Cover a product with tiles; a long depth goes in chunks, from a zeroed or an old dst."""
         tile = self._tile(s)
         (extent, stride), *more = s.depth
         chunk = _divisor(extent, self.kernel.nest.depth) if not more else extent
         if chunk == extent:
-            self._tiles(s, replace(tile, clear=not s.accumulate))
+            self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
             return
-        part = replace(tile, depth=((chunk, stride),))
-        self._tiles(s, replace(part, clear=not s.accumulate), (0, 1))
-        self._tiles(s, replace(part, clear=False), (1, extent // chunk))
+        tile = replace(tile, depth=((chunk, stride),))
+        self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
+        self._tiles(s, replace(tile, clear=False), (1, extent // chunk), part)
 
     def _tile(self, s: MatMul) -> Tile:
         """Return the largest tile whose sums fit in registers."""
@@ -349,8 +387,8 @@ class _Block:
             clear=True,
         )
 
-    def _tiles(self, s: MatMul, tile: Tile, chunks: tuple[int, int] = (0, 1)) -> None:
-        """Loop over all tiles of a product, or of some chunks of its depth: rows innermost."""
+    def _tiles(self, s: MatMul, tile: Tile, chunks: tuple[int, int], part: Part | None) -> None:
+        """Loop over the tiles of a part of a product and of some chunks of its depth."""
         first, stop = chunks
         extents = {
             "group": s.groups // tile.groups,
@@ -358,15 +396,14 @@ class _Block:
             "chunk": stop - first,
             "row": self.height // tile.rows,
         }
-        nest, src, dst = self.kernel.nest, self.buffers[s.src], self.buffers[s.dst]
-        shared = nest.threads == "stages" and s.macs * self.height > nest.shared_macs
-        panels = (1 if s.shared else extents["group"]) * extents["column"]
+        src, dst, columns = self.buffers[s.src], self.buffers[s.dst], extents["column"]
+        panels = (1 if s.shared else extents["group"]) * columns
         panel_size = self.kernel.program.words(s.weight) // panels
         (steps, stride), *_ = tile.depth
-        with self._turns(extents, shared) as at:
+        with self._turns(extents, part, shared=part is None and self._shared(s.macs)) as at:
             chunk = at["chunk"] + first
             row, group = at["row"] * tile.rows, at["group"] * tile.groups
-            panel = (i64(0) if s.shared else at["group"]) * extents["column"] + at["column"]
+            panel = (i64(0) if s.shared else at["group"]) * columns + at["column"]
             starts = (
                 src.at(row, s.src_offset + group * s.src_group + chunk * (steps * stride)),
                 (panel * panel_size + chunk * (steps * tile.b_depth[0]),),
@@ -375,8 +412,10 @@ class _Block:
             self._declare(tile, (src.buffer, self.kernel.weights[s.weight], dst.buffer), starts)
 
     @contextmanager
-    def _turns(self, extents: dict[str, int], shared: bool) -> Iterator[dict]:
-        """Loop over tiles and open the product's sblock; groups and columns share one loop."""
+    def _turns(self, extents: dict[str, int], part: Part | None, *, shared: bool) -> Iterator[dict]:
+        """Loop over tiles and open the product's sblock: rows innermost, groups with columns."""
+        if part is not None:
+            extents = extents | {part[0]: extents[part[0]] // part[2]}
         turns, columns = extents["group"] * extents["column"], extents["column"]
         real = {"turn": turns, "chunk": extents["chunk"], "row": extents["row"]}
         real = {name: extent for name, extent in real.items() if extent > 1}
@@ -390,6 +429,8 @@ class _Block:
                     if extent > 1:
                         axis = T.axis.reduce if name == "chunk" else T.axis.spatial
                         at[name] = axis(i64(extent), found[name])
+                if part is not None:
+                    at[part[0]] = at[part[0]] + part[1] * extents[part[0]]
                 yield at
 
     def _declare(self, tile: Tile, buffers: tuple, starts: tuple) -> None:

@@ -26,7 +26,7 @@ HEIGHTS = (8, 4, 2, 1)
 TALL, LOW = 8, 4  # rows of a tile where there are many, and where threads share few
 WAYS = ("none", "rows", "stages")
 MOST_ROWS = 64  # of a block
-SHARED_MACS = 192 << 10  # below, a stage is done before a second thread has woken
+SHARED_MACS = 160 << 10  # below, a stage is done before a second thread has woken
 CACHED = 256 << 10  # bytes of weights that a second-level cache keeps beside the rows
 
 
@@ -84,13 +84,15 @@ class _Work:
         together = "stages" if self.threads > 1 else "none"
         if rows == 1:
             mode = WAYS[pick("threads", (0, 2), WAYS.index(together))]
-            return RowNest((1,), 1, mode, sums, SHARED_MACS)
+            return RowNest((1,), 1, mode, sums, self.threads, SHARED_MACS)
         tall = pick("height", [h for h in HEIGHTS if h <= rows], self._tall(rows))
         mode = "rows" if self._shares(rows, tall) else together
         mode = WAYS[pick("threads", range(len(WAYS)), WAYS.index(mode))]
         blocks = [tall << i for i in range(6) if tall << i <= min(rows, MOST_ROWS)]
         block = pick("block", blocks, self._block(rows, tall, mode))
-        return RowNest(tuple(h for h in HEIGHTS if h <= tall), block, mode, sums, SHARED_MACS)
+        return RowNest(
+            tuple(h for h in HEIGHTS if h <= tall), block, mode, sums, self.threads, SHARED_MACS
+        )
 
     def _tall(self, rows: int) -> int:
         """Return the rows of a tile: the most, unless threads would then get unequal shares."""

@@ -11,7 +11,7 @@ import pytest
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from tests.catalogue import EXPRESSIONS, NODES, RAGGED
+from tests.catalogue import EXPRESSIONS, NODES, RAGGED, normal
 from tests.kernels import build, call, every_isa, finish
 from tvmstruct import families, ops
 from tvmstruct.schedules.builder import argument, prim_func
@@ -202,12 +202,28 @@ def take(choice: int, options):
 def test_threads_share_stages(isa, rng, monkeypatch):
     module = importlib.import_module("tvmstruct.schedules.x86.chain")
     monkeypatch.setattr(module, "SHARED_MACS", 0)
-    for rows in (1, 4, 17):
-        op = EXPRESSIONS["monarch 36x24 b=3"]
+    names = ("monarch 36x24 b=3", "vvma 24x36 k=12,transposed=False", "2 Kroneckers")
+    large = families.kronecker(normal(2, 40, 24), normal(2, 16, 40))
+    for rows, name in itertools.product((1, 4, 17), names):
+        op = EXPRESSIONS.get(name, large)
         program = lower(op, isa.lanes)
         kernel = X86Kernels(isa, threads=2).chain(program, PLAIN, rows, 1)
         assert "T.parallel" in kernel.func.script()
         compare(build(isa, {"k": kernel.func})["k"], op, program, rows, rng)
+
+
+def test_vvma_and_kroneckers_fall_into_independent_parts(monkeypatch):
+    module = importlib.import_module("tvmstruct.schedules.x86.chain")
+    monkeypatch.setattr(module, "SHARED_MACS", 0)
+    cases = {  # the parts that three threads can have: tiles of outputs and of groups divide
+        "vvma": (families.vvma(normal(16, 16), normal(32, 4, 16)), 2),
+        "kronecker": (families.kronecker(normal(2, 40, 24), normal(2, 16, 40)), 3),
+        "monarch": (families.monarch(normal(4, 8, 8), normal(4, 8, 8)), 1),
+    }
+    shard = re.compile(r'T\.parallel\(T\.int64\((\d+)\)\):\s+with T\.sblock\("shard')
+    for name, (op, parts) in cases.items():
+        kernel = X86Kernels(ISAS[0], threads=3).chain(lower(op, 16), PLAIN, 1, 1)
+        assert shard.findall(kernel.func.script()) == [str(parts)] * (parts > 1), name
 
 
 TILES = {
@@ -292,7 +308,7 @@ def test_golden(name, golden):
     expression, rows = GOLDENS[name]
     program = lower(EXPRESSIONS[expression], 16)
     kernel = X86Kernels(ISAS[0], threads=2).chain(program, Epilogue(bias=True), rows, 100)
-    golden(name, kernel.func.script())
+    golden(name, kernel.func.with_attr("global_symbol", "chain").script())
 
 
 def test_equal_programs_share_a_kernel_and_different_ones_do_not(rng):

@@ -23,12 +23,12 @@ def kronecker(a: Array, b: Array) -> Op:
     """
     (r, n1, m1), (_, n2, m2) = a.shape, b.shape
     if _b_first_cost(n1, m1, n2, m2) < _a_first_cost(n1, m1, n2, m2):
-        inner = SharedBlockDiag(_side_by_side(b), n1)  # (n1, n2) -> (n1, r, m2)
+        inner = SharedBlockDiag(_side_by_side(b), n1)  # (n1, n2) -> (n1, m2, r)
         outer = SharedBlockDiag(a.reshape(r * n1, m1), m2)  # (m2, r, n1) -> (m2, m1)
-        return inner @ Permute((n1, r, m2), (2, 1, 0)) @ outer @ swap(m2, m1)
-    inner = SharedBlockDiag(_side_by_side(a), n2)  # (n2, n1) -> (n2, r, m1)
+        return inner @ Permute((n1, m2, r), (1, 2, 0)) @ outer @ swap(m2, m1)
+    inner = SharedBlockDiag(_side_by_side(a), n2)  # (n2, n1) -> (n2, m1, r)
     outer = SharedBlockDiag(b.reshape(r * n2, m2), m1)  # (m1, r, n2) -> (m1, m2)
-    return swap(n1, n2) @ inner @ Permute((n2, r, m1), (2, 1, 0)) @ outer
+    return swap(n1, n2) @ inner @ Permute((n2, m1, r), (1, 2, 0)) @ outer
 
 
 def nearest_kronecker(
@@ -115,8 +115,8 @@ def _b_first_cost(n1: int, m1: int, n2: int, m2: int) -> int:
     return n1 * n2 * m2 + m2 * n1 * m1
 
 
-def _side_by_side(a: Array) -> Array:  # (r, n, m) -> (n, r m)
-    return np.ascontiguousarray(a.swapaxes(0, 1)).reshape(a.shape[1], -1)
+def _side_by_side(a: Array) -> Array:  # (r, n, m) -> (n, m r): what meets later lies together
+    return np.ascontiguousarray(a.transpose(1, 2, 0)).reshape(a.shape[1], -1)
 
 
 def _rearrange(w: Array, a: Shape, b: Shape) -> Array:
