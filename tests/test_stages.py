@@ -34,7 +34,7 @@ def _matmul(s: MatMul, buffers, weights) -> None:
             at = s.src_offset + g * s.src_group
             at += sum(i * stride for i, (_, stride) in zip(index, s.depth, strict=True))
             total += buffers[s.src][at] * w[_packed(s, g, p, q)]
-        place = g * s.dst_group + q * s.dst_q
+        place = s.dst_offset + g * s.dst_group + q * s.dst_q
         buffers[s.dst][place] = total + (buffers[s.dst][place] if s.accumulate else 0.0)
 
 

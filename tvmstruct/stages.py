@@ -42,6 +42,7 @@ class MatMul:
     q: int  # padded to whole tiles
     src_offset: int
     src_group: int  # strides
+    dst_offset: int
     dst_group: int
     dst_q: int
     weight: int
@@ -189,12 +190,21 @@ def split(dims: tuple[Dim, ...], sizes: tuple[int, ...]) -> list[tuple[Dim, ...]
     return parts
 
 
+def _output_tiles(q: int, *, even: bool) -> list[tuple[int, int, int]]:
+    """Cut q outputs into (first, outputs, tile): equal tiles where there are any, else a rest."""
+    tile = next((t for t in ((4, 2) if even else (4, 3)) if q % t == 0), None)
+    if tile is not None or q < 4:
+        return [(0, q, tile or q)]
+    whole = q // 4 * 4
+    return [(0, whole, 4), (whole, q - whole, q - whole)]
+
+
 def separable(a: MatMul, b: MatMul) -> bool:
     """Return whether each group of ``b`` reads only outputs of ``a`` that no other group reads.
 
     Then equal shares of the outputs of ``a`` and of the groups of ``b`` belong together.
     """
-    if a.vector != "group" or a.dst != b.src or a.accumulate or b.src_offset:
+    if a.vector != "group" or a.dst != b.src or a.accumulate or a.dst_offset or b.src_offset:
         return False
     span = sum((extent - 1) * stride for extent, stride in b.depth) + 1
     each, rest = divmod(b.src_group, a.dst_q)
@@ -342,20 +352,19 @@ class _Lowering:
     ) -> Value:
         """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
         count, p, q = w.shape
-        outputs = q + q % 2 if self.paired else q
-        tile = next(t for t in ((4, 2) if self.paired else (4, 3, 2, 1)) if outputs % t == 0)
         each = 1 if shared else lanes
-        padded = self._padded(w, outputs)
-        packed = padded.reshape(count // each, each, p, outputs // tile, tile)
-        dst = self.new_buffer(groups * outputs)
-        self.emit(
-            MatMul(
-                x.buffer, dst, groups, depth, outputs, x.offset, 1, 1, groups,
-                self.add_weight(packed.transpose(0, 3, 2, 4, 1), paired=self.paired),
-                shared, "group", lanes, tile,
-                paired=self.paired,
-            )
-        )  # fmt: skip
+        padded = self._padded(w, q + q % 2 if self.paired else q)
+        dst = self.new_buffer(groups * padded.shape[2])
+        for first, outputs, tile in _output_tiles(padded.shape[2], even=self.paired):
+            part = padded[:, :, first : first + outputs]
+            packed = part.reshape(count // each, each, p, outputs // tile, tile)
+            self.emit(
+                MatMul(
+                    x.buffer, dst, groups, depth, outputs, x.offset, 1, first * groups, 1, groups,
+                    self.add_weight(packed.transpose(0, 3, 2, 4, 1), paired=self.paired),
+                    shared, "group", lanes, tile, paired=self.paired,
+                )
+            )  # fmt: skip
         return Value(dst, ((groups, 1), (q, groups)))
 
     def _matmul_over_columns(
@@ -379,7 +388,7 @@ class _Lowering:
         dst = self.new_buffer(groups * width)
         self.emit(
             MatMul(
-                x.buffer, dst, groups, depth, width, x.offset, stride, width, 1,
+                x.buffer, dst, groups, depth, width, x.offset, stride, 0, width, 1,
                 self.add_weight(packed.transpose(0, 2, 1, 3), paired=self.paired),
                 shared, "column", lanes, tile,
                 paired=self.paired,

@@ -23,6 +23,7 @@ from tvmstruct.stages import Copy, Dim, Hadamard, MatMul, Program, Stage, X, Y, 
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
 GAP = 16  # features between two rows of scratch: rows a power of two apart share cache sets
+BUSY = 8  # independent sums that hide the latency of an addition
 HIGH = -65536  # 0xffff0000: the upper half of a word
 
 
@@ -343,6 +344,13 @@ class _Block:
 
     def _multiply(self, s: MatMul, part: Part | None = None) -> None:
         """Cover a product with tiles; a long depth goes in chunks, from a zeroed or an old dst."""
+        rest = self._uneven(s) if part is None else 0
+        if rest:
+            even = s.groups - rest
+            src, dst = s.src_offset + even * s.src_group, s.dst_offset + even * s.dst_group
+            self._multiply(replace(s, groups=even))
+            self._multiply(replace(s, groups=rest, src_offset=src, dst_offset=dst))
+            return
         tile = self._tile(s)
         (extent, stride), *more = s.depth
         chunk = _divisor(extent, self.kernel.nest.depth) if not more else extent
@@ -353,16 +361,33 @@ class _Block:
         self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
         self._tiles(s, replace(tile, clear=False), (1, extent // chunk), part)
 
+    def _uneven(self, s: MatMul) -> int:
+        """Return how many groups to set apart, where too few divide a tile's worth of them."""
+        if not s.shared or s.vector == "group":
+            return 0
+        rows, limit = self._rows(s), self._lines(s) // self._rows(s)
+        if rows * _divisor(s.groups, max(1, limit)) * s.tile >= BUSY:
+            return 0
+        tiles = -(-s.groups // limit)
+        return s.groups % -(-s.groups // tiles)
+
+    def _lines(self, s: MatMul) -> int:
+        """Return how many vectors of ``s.tile`` sums fit in registers."""
+        return max(1, self.kernel.nest.sums // s.tile)
+
+    def _rows(self, s: MatMul) -> int:
+        """Return the rows of a tile."""
+        return _divisor(min(self.height, self.kernel.nest.heights[0]), self._lines(s))
+
     def _tile(self, s: MatMul) -> Tile:
         """Return the largest tile whose sums fit in registers."""
-        nest, words = self.kernel.nest, 2 if s.paired else 1
-        rows = _divisor(min(self.height, nest.heights[0]), max(1, nest.sums // s.tile))
+        rows, words = self._rows(s), 2 if s.paired else 1
         if s.vector == "group":
             each = 1 if s.shared else s.lanes
             groups, columns, width = s.lanes, s.tile, s.tile * each
             b_group, b_column = 0 if s.shared else 1, each
         else:
-            limit = max(1, nest.sums // s.tile // rows) if s.shared else 1
+            limit = max(1, self._lines(s) // rows) if s.shared else 1
             groups, columns, width = _divisor(s.groups, limit), s.tile * s.lanes, s.tile * s.lanes
             b_group, b_column = 0, 1
         inner = [width // words]
@@ -403,11 +428,12 @@ class _Block:
         with self._turns(extents, part, shared=part is None and self._shared(s.macs)) as at:
             chunk = at["chunk"] + first
             row, group = at["row"] * tile.rows, at["group"] * tile.groups
+            q = at["column"] * tile.columns
             panel = (i64(0) if s.shared else at["group"]) * columns + at["column"]
             starts = (
                 src.at(row, s.src_offset + group * s.src_group + chunk * (steps * stride)),
                 (panel * panel_size + chunk * (steps * tile.b_depth[0]),),
-                dst.at(row, group * s.dst_group + at["column"] * tile.columns * s.dst_q),
+                dst.at(row, s.dst_offset + group * s.dst_group + q * s.dst_q),
             )
             self._declare(tile, (src.buffer, self.kernel.weights[s.weight], dst.buffer), starts)
 
