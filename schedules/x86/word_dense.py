@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, row_segments
+from tvmstruct.schedules.compute.dense import ACTIVATIONS, CHEAP, Epilogue, row_segments
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.targets import Isa
@@ -28,7 +28,6 @@ SERIAL_MACS = 1 << 18  # under this much work, waking a second thread costs more
 SERIAL_ELEMENTS = 1 << 14  # of x, to prepare: the same limit
 BLOCK_BYTES = 1 << 18  # of prepared x, a quarter of a second-level cache
 MOST_ROWS, TALLEST = 128, 8
-CHEAP = ("none", "relu")  # activations worth their code once per vector of the tile
 
 Tile = tuple[int, object, object]  # height, first row, panel
 
