@@ -72,7 +72,8 @@ class AmxTiles:
         words = T.alloc_buffer((ROWS,), "int32", scope="global")
         for i, word in enumerate(shapes.view(np.int32).tolist()):
             T.buffer_store(words, T.int32(word), [i])
-        _intrinsic("ldtilecfg", words.access_ptr("r"))
+        # Not access_ptr, which insists on the type of memory that TVM may share with floats.
+        _intrinsic("ldtilecfg", T.address_of(words[0]))
 
     def zero(self, tile: int) -> None:
         """Set a tile to zero."""

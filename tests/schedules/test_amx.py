@@ -140,6 +140,14 @@ def test_instructions(name, product):
     assert found.count("tilestored") == found.count("tilezero") > 0
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_one_thread(name):
+    """Preparing x and loading the shapes of tiles in one loop nest share small buffers."""
+    kernel = precision(name, AVX512, SAPPHIRE_RAPIDS.features).kernel(64, 45, Epilogue(), 12)
+    mod = tvm.IRModule({"k": kernel.func.with_attr("global_symbol", "k")})
+    assert "ldtilecfg" in tvm.compile(mod, target=SAPPHIRE_RAPIDS.target).mod.inspect_source("asm")
+
+
 def test_few_rows_use_vectors_on_the_same_weight():
     for name in ("bf16", "int8"):
         chosen = precision(name, AVX512, SAPPHIRE_RAPIDS.features)
