@@ -42,6 +42,12 @@ class Epilogue:
     activation: str = "none"
     residual: bool = False
 
+    @property
+    def words(self) -> str:
+        """What there is of it, for the key of a record."""
+        parts = {"bias": self.bias, self.activation: True, "residual": self.residual}
+        return " ".join(sorted(name for name, there in parts.items() if there))
+
 
 @dataclass(frozen=True)
 class Nest:
@@ -89,6 +95,16 @@ def _fixed_segments(m: int, heights: tuple[int, ...]) -> Iterator[Segment]:
         if count:
             yield Segment(height, i64(start), i64(count))
         start += count * height
+
+
+def tile_heights(height: int, m: int | None) -> tuple[int, ...]:
+    """Return heights that cut m rows (None: any number), the first of them ``height``."""
+    if m is not None:
+        return (height, rest) if (rest := m % height) else (height,)
+    heights = [height]
+    while heights[-1] > 1:
+        heights.append(max(d for d in range(1, heights[-1]) if heights[-1] % d == 0))
+    return tuple(heights)
 
 
 def pack(w: np.ndarray, width: int) -> np.ndarray:
