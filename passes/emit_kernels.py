@@ -19,10 +19,11 @@ from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
 Shapes = tuple[tuple[int, ...], ...]
-Select = Callable[[Kernel, Shapes], Kernel]
+Dtypes = tuple[str, ...]
+Select = Callable[[Kernel, Shapes, Dtypes], Kernel]
 
 
-def keep_default(kernel: Kernel, shapes: Shapes) -> Kernel:
+def keep_default(kernel: Kernel, shapes: Shapes, dtypes: Dtypes) -> Kernel:
     """Select no tuned kernel."""
     return kernel
 
@@ -34,7 +35,7 @@ class KernelCall:
     node: Node
     symbol: str
     shapes: Shapes
-    dtypes: tuple[str, ...]
+    dtypes: Dtypes
 
 
 class EmitKernels:
@@ -62,9 +63,9 @@ class EmitKernels:
         assert shape is not None
         kernel, args = self._kernel(node, arguments(call), shape)
         shapes = (*(s for a in args if (s := compat.static_shape(a)) is not None), shape)
-        kernel = self.select(kernel, shapes)
-        self.used[kernel.symbol] = kernel
         dtypes = (*(compat.dtype_of(a) for a in args), "float32")
+        kernel = self.select(kernel, shapes, dtypes)
+        self.used[kernel.symbol] = kernel
         self.calls.append(KernelCall(node, kernel.symbol, shapes, dtypes))
         return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
 

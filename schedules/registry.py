@@ -34,6 +34,11 @@ def pick_default(name: str, options: Sequence[int], default: int) -> int:
     return default
 
 
+def divisors(of: int, least: int, most: int) -> list[int]:
+    """Return options for a step through ``of``: its divisors in a range, and all of it."""
+    return sorted({d for d in range(least, most + 1) if of % d == 0} | {of})
+
+
 @dataclass(frozen=True)
 class Space:
     """The choices of a kernel once its number of rows is fixed.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 import tvm
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.registry import Pick, pick_default
 from tvmstruct.targets import ISAS, Isa
 
 CPUS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "sse": "x86-64"}
@@ -24,6 +25,17 @@ def build(isa: Isa, kernels: Mapping[str, tvm.tirx.PrimFunc]) -> tvm.runtime.Mod
     target = tvm.target.Target({"kind": "llvm", "mcpu": CPUS[isa.name], "num-cores": 2})
     named = {n: f.with_attr("global_symbol", n) for n, f in kernels.items()}
     return tvm.compile(tvm.IRModule(named), target=target).mod
+
+
+def random_picks(rng: np.random.Generator, count: int) -> list[Pick]:
+    """Return what a schedule suggests by itself, and answers at random."""
+
+    def pick(name: str, options: Sequence[int], default: int) -> int:
+        assert default in options
+        assert len(set(options)) == len(options)
+        return int(options[rng.integers(len(options))])
+
+    return [pick_default, *[pick] * count]
 
 
 def tensor(array: np.ndarray) -> tvm.runtime.Tensor:

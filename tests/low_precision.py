@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
+
 import numpy as np
 import tvm
 
 from tests.kernels import GUARD
 from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.registry import Kernel
+from tvmstruct.schedules.registry import Kernel, Pick
 from tvmstruct.schedules.x86.precisions import Precision, precision
 from tvmstruct.targets import ISAS, TargetSpec, resolve
 
@@ -48,6 +51,25 @@ def call(function, arrays: list[np.ndarray], rows: int, columns: int) -> np.ndar
     function(*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays), out)
     assert (view[rows * columns :] == GUARD).all(), "the kernel wrote past the end of its output"
     return view[: rows * columns].reshape(rows, columns).copy()
+
+
+CHOSEN = [  # rows, n, k, epilogue: with a rest under the tile, the block, the panel and the word
+    (24, 96, 128, Epilogue(True, "gelu", True)),
+    (17, 70, 33, Epilogue()),
+    (1, 100, 256, Epilogue(bias=True)),
+    (131, 33, 45, Epilogue(False, "relu")),
+]
+
+
+def tuned(case: Case, picks: list[Pick]) -> list[Case]:
+    """Return the case once for each pick, on kernels that are scheduled as it answers."""
+    assert case.kernel.space is not None
+    cases = [copy(case) for _ in picks]
+    for i, (one, pick) in enumerate(zip(cases, picks, strict=True)):
+        symbol = f"{case.kernel.symbol}_{case.rows}_{i}"
+        func = case.kernel.space.build(case.rows, pick).with_attr("global_symbol", symbol)
+        one.kernel = replace(case.kernel, symbol=symbol, func=func)
+    return cases
 
 
 class Case:

@@ -18,12 +18,11 @@ import pytest
 
 import tvmstruct
 from tests import models
-from tests.kernels import build, call, every_isa, finish
+from tests.kernels import build, call, every_isa, finish, random_picks
 from tvmstruct import cli, database, tuning
 from tvmstruct.database import Database, Record, TuningWarning, Workload, recorded
 from tvmstruct.errors import TargetError, TuningError
 from tvmstruct.schedules.compute.dense import Epilogue, pack
-from tvmstruct.schedules.registry import pick_default
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.schedules.x86.packed_dense import choose_nest
 from tvmstruct.targets import ISAS
@@ -50,7 +49,8 @@ def workload():
     spec = tvmstruct.resolve_target("host")
     kernels = X86Kernels(spec.isa, spec.threads)
     shapes = ((ROWS, K), (-(-N // kernels.panel_width), K, kernels.panel_width), (ROWS, N))
-    return Workload.of(kernels.packed_dense(N, K, Epilogue(), ROWS), shapes, spec)
+    kernel = kernels.packed_dense(N, K, Epilogue(), ROWS)
+    return Workload.of(kernel, shapes, ["float32"] * 3, spec)
 
 
 def record(seconds=1e-6, choices=None, **changes):
@@ -85,12 +85,7 @@ def test_every_choice_computes_the_same(isa, rows, n, k, epilogue, rng):
     x, w = x.astype(np.float32), w.astype(np.float32)
     bias, residual = rng.normal(size=n), rng.normal(size=(rows, n))
 
-    def pick(name, options, default):
-        assert default in options
-        assert len(set(options)) == len(options)
-        return options[rng.integers(len(options))]
-
-    picks = [pick_default, *[pick] * 5]
+    picks = random_picks(rng, 5)
     library = build(isa, {f"k{i}": space.build(rows, p) for i, p in enumerate(picks)})
     arrays = [x, pack(w, kernels.panel_width)]
     arrays += [bias] * epilogue.bias + [residual] * epilogue.residual
@@ -340,13 +335,17 @@ def test_the_command_tunes(tmp_path, monkeypatch, capsys):
         return tuning.TuneReport((), ("chain",), "db", 1.0)
 
     monkeypatch.setattr(tvmstruct, "tune", fake, raising=False)
-    words = "--shape x=8x24 --trials 7 --database db --rpc-tracker far:9190 --rpc-key x86"
+    words = "--shape x=8x24 --precision bf16 --trials 7 --database db"
+    words += " --rpc-tracker far:9190 --rpc-key x86"
     with pytest.raises(SystemExit) as stop:
         cli.main(["tune", str(path), *words.split()])
     assert stop.value.code == 0
     assert seen["shapes"] == [{"x": (8, 24)}]
     assert (seen["trials"], seen["rpc"]) == (7, ("far", 9190, "x86"))
-    assert "no choices to tune: chain" in capsys.readouterr().out
+    assert seen["precision"] == "bf16"
+    out = capsys.readouterr().out
+    assert "no choices to tune: chain" in out
+    assert "compile(..., precision='bf16', database='db')" in out
 
 
 # what is shipped

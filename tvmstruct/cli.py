@@ -213,6 +213,7 @@ def tune(
     model: SourceModel,
     target: Target = "host",
     shape: ShapeOption = None,
+    precision: Precision = "f32",
     trials: Annotated[
         int, typer.Option(help="Schedules to measure for each kernel and shape.")
     ] = 200,
@@ -244,6 +245,7 @@ def tune(
         source,
         target,
         shapes=[complete(bucket, source.inputs) for bucket in wanted],
+        precision=precision,
         trials=trials,
         database=database,
         rpc=rpc,
@@ -253,7 +255,9 @@ def tune(
         typer.echo(report.to_json())
     else:
         report.show()
-        typer.echo(f"records: {database}; use them with compile(..., database={str(database)!r})")
+        given = "" if precision == "f32" else f"precision={precision!r}, "
+        how = f"compile(..., {given}database={str(database)!r})"
+        typer.echo(f"records: {database}; use them with {how}")
 
 
 def _tracker(address: str | None, key: str | None) -> tuple[str, int, str] | None:

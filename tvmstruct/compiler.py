@@ -93,13 +93,10 @@ class Compiler:
         database: str | Path | None = None,
     ) -> None:
         self.source = source
-        kernels = X86Kernels(spec.isa, spec.threads, spec.features)
-        self.session = pipeline.Session(spec, kernels, plan, precision=precision)
+        self.session = new_session(spec, plan, precision)
         self.session.select = selector(database, spec)
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
-        if precision != "f32":
-            kernels.precision(precision)  # raises where the target lacks the instructions
 
     def bucket(self, shapes: Shapes) -> Bucket:
         """Return the compiled bucket for exactly these input shapes."""
@@ -148,8 +145,24 @@ def _plan(plan: Plan | Mapping[str, Any] | str | Path | None, source: Source) ->
     return Plan.from_json(plan)
 
 
-def _check_options(precision: str, skip: object) -> None:
+def check_precision(precision: str) -> None:
+    """Raise InputError where there is no such precision."""
     if precision not in PRECISIONS:
         raise InputError(f"precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+
+
+def new_session(
+    spec: TargetSpec, plan: Plan | None = None, precision: str = "f32"
+) -> pipeline.Session:
+    """Return a session without kernels; TargetError where the CPU cannot compute the precision."""
+    kernels = X86Kernels(spec.isa, spec.threads, spec.features)
+    if precision != "f32":
+        kernels.precision(precision)
+    plan = Plan() if plan is None else plan
+    return pipeline.Session(spec, kernels, plan, precision=precision)
+
+
+def _check_options(precision: str, skip: object) -> None:
+    check_precision(precision)
     if skip is not None:
         raise InputError(f"skip={skip!r}: this version has no skip; leave it None")

@@ -34,7 +34,10 @@ Choices = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a record is about. Kernels of other thread counts are other workloads."""
+    """What a record is about. Kernels of other thread counts are other workloads.
+
+    ``dtype`` is that of all arguments, or where they differ one name for each, with commas.
+    """
 
     kernel: str
     parameters: str
@@ -44,17 +47,30 @@ class Workload:
     threads: int
 
     @classmethod
-    def of(cls, kernel: Kernel, shapes: Sequence[Sequence[int]], spec: TargetSpec) -> Workload:
-        """Return the workload of a kernel with choices at the shapes of its arguments."""
+    def of(
+        cls,
+        kernel: Kernel,
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[str],
+        spec: TargetSpec,
+    ) -> Workload:
+        """Return the workload of a kernel with choices at the types of its arguments."""
         assert kernel.space is not None
         dims = tuple(tuple(map(int, shape)) for shape in shapes)
-        parameters = kernel.space.parameters
-        return cls(kernel.name, parameters, dims, "float32", spec.isa.name, spec.threads)
+        assert len(dtypes) == len(dims)
+        dtype = ",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1])
+        return cls(kernel.name, kernel.space.parameters, dims, dtype, spec.isa.name, spec.threads)
 
     @property
     def rows(self) -> int:
         """Rows of the input: what a tuned kernel is fixed to."""
         return self.shapes[0][0]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype of each argument."""
+        names = self.dtype.split(",")
+        return tuple(names if len(names) > 1 else names * len(self.shapes))
 
     @property
     def file(self) -> str:
@@ -186,11 +202,13 @@ class Selector:
     def __init__(self, databases: Iterable[Database], spec: TargetSpec) -> None:
         self.databases, self.spec, self._machine = list(databases), spec, machine()
 
-    def __call__(self, kernel: Kernel, shapes: Sequence[Sequence[int]]) -> Kernel:
-        """Return the kernel to call with arguments of these shapes, output last."""
+    def __call__(
+        self, kernel: Kernel, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]
+    ) -> Kernel:
+        """Return the kernel to call with arguments of these shapes and dtypes, output last."""
         if kernel.space is None:
             return kernel
-        workload = Workload.of(kernel, shapes, self.spec)
+        workload = Workload.of(kernel, shapes, dtypes, self.spec)
         for database in self.databases:
             record = database.best(workload, self._machine)
             if record is not None and record.key is not None:

@@ -31,12 +31,12 @@ from tvm.s_tir.meta_schedule.arg_info import TensorInfo
 
 from tvmstruct import compat, pipeline
 from tvmstruct.buckets import Policy
+from tvmstruct.compiler import check_precision, new_session
 from tvmstruct.database import Choices, Database, Record, Workload, machine, recorded
 from tvmstruct.errors import MissingDependencyError, TargetError, TuningError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.progress import TuningProgress
 from tvmstruct.schedules.registry import Kernel
-from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.targets import TargetSpec, host_features, resolve
 from tvmstruct.threads import available_threads
 from tvmstruct.tuning_worker import Builder
@@ -118,6 +118,7 @@ def tune(
     target: str | Mapping[str, Any] | tvm.target.Target | TargetSpec = "host",
     *,
     shapes: Shapes | Sequence[Shapes] | None = None,
+    precision: str = "f32",
     trials: int = 200,
     database: str | Path = "tuned/",
     runner: Any = None,
@@ -127,19 +128,22 @@ def tune(
 ) -> TuneReport:
     """Measure schedules of every kernel that a model uses at ``shapes`` and record them.
 
+    ``precision`` is that of ``compile``, whose kernels are other ones for each precision.
     ``trials`` is for each distinct kernel and shape; those that ``database`` already holds from
     this machine count. ``rpc`` is (host, port, key) of a TVM tracker whose servers measure
     instead of this machine. Pass the same ``database`` to ``compile`` to use what was found.
 
-    Raises TuningError, TargetError, MissingDependencyError, or what ``compile`` raises.
+    Raises TuningError, InputError, TargetError, MissingDependencyError, or what ``compile`` raises.
     """
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
         raise TuningError(f"trials={trials!r}; want a whole number of at least 1")
+    check_precision(precision)
     spec = resolve(target)
+    session = new_session(spec, precision=precision)
     bench = _Bench(spec, runner, rpc)
     records = Database(database).create()
     started = time.perf_counter()
-    work, untuned = _workloads(as_source(source), spec, shapes)
+    work, untuned = _workloads(as_source(source), session, shapes)
     rows: list[TunedKernel] = []
     with TuningProgress(len(work), trials, enabled=progress) as display:
         for workload, (kernel, calls) in work.items():
@@ -151,14 +155,13 @@ def tune(
 
 
 def _workloads(
-    source: Source, spec: TargetSpec, shapes: Shapes | Sequence[Shapes] | None
+    source: Source, session: pipeline.Session, shapes: Shapes | Sequence[Shapes] | None
 ) -> tuple[dict[Workload, tuple[Kernel, int]], list[str]]:
     """Return each distinct workload with its kernel and number of calls, and other kernels."""
     if shapes is None:
         wanted = list(Policy.of("auto", source).first(source))
     else:
         wanted = [shapes] if isinstance(shapes, Mapping) else list(shapes)
-    session = pipeline.Session(spec, X86Kernels(spec.isa, spec.threads))
     found: dict[Workload, tuple[Kernel, int]] = {}
     untuned: dict[str, None] = {}
     for shape in wanted:
@@ -168,7 +171,7 @@ def _workloads(
             if kernel.space is None:
                 untuned[kernel.name] = None
                 continue
-            workload = Workload.of(kernel, call.shapes, spec)
+            workload = Workload.of(kernel, call.shapes, call.dtypes, session.spec)
             found[workload] = (kernel, found.get(workload, (kernel, 0))[1] + 1)
     return found, list(untuned)
 
@@ -429,7 +432,8 @@ class _Search:
 
 def arguments(workload: Workload) -> list[TensorInfo]:
     """Return what MetaSchedule wants to know about the arguments of a workload."""
-    return [TensorInfo(workload.dtype, list(shape)) for shape in workload.shapes]
+    pairs = zip(workload.dtypes, workload.shapes, strict=True)
+    return [TensorInfo(dtype, list(shape)) for dtype, shape in pairs]
 
 
 def _check_host(spec: TargetSpec) -> None:

@@ -20,6 +20,7 @@ from tvm.script.ir_builder import tirx as T
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol, vectors
 
 HEIGHT = "tvmstruct.height"  # annotation of every sblock: rows of its tile
+CHEAP = ("none", "relu")  # activations that want neither much code nor registers
 
 ACTIVATIONS: dict[str, Callable] = {
     "none": lambda v: v,
@@ -40,6 +41,12 @@ class Epilogue:
     bias: bool = False
     activation: str = "none"
     residual: bool = False
+
+    @property
+    def words(self) -> str:
+        """What there is of it, for the key of a record."""
+        parts = {"bias": self.bias, self.activation: True, "residual": self.residual}
+        return " ".join(sorted(name for name, there in parts.items() if there))
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,16 @@ def _fixed_segments(m: int, heights: tuple[int, ...]) -> Iterator[Segment]:
         start += count * height
 
 
+def tile_heights(height: int, m: int | None) -> tuple[int, ...]:
+    """Return heights that cut m rows (None: any number), the first of them ``height``."""
+    if m is not None:
+        return (height, rest) if (rest := m % height) else (height,)
+    heights = [height]
+    while heights[-1] > 1:
+        heights.append(max(d for d in range(1, heights[-1]) if heights[-1] % d == 0))
+    return tuple(heights)
+
+
 def pack(w: np.ndarray, width: int) -> np.ndarray:
     """Return a (k, n) weight as panels ``[ceil(n / width)][k][width]``, padded with zeros."""
     k, n = w.shape
@@ -136,7 +153,11 @@ def packed_dense(
         for count, columns, base in ((full, width, 0), (int(ragged > 0), ragged, full)):
             if count:
                 sizes = (k, width, columns, lanes)
-                _Panels(nest, (x, w, y), sizes, finish, count, base).emit(blocks, segments)
+                # Next to a long epilogue LLVM runs out of AVX2's registers for the products:
+                # it moves sums to the stack and back in every step of k.
+                apart = epilogue.activation not in CHEAP
+                panels = _Panels(nest, (x, w, y), sizes, finish, count, base, apart)
+                panels.emit(blocks, segments)
 
     return prim_func(body)
 
@@ -154,6 +175,7 @@ class _Panels:
     finish: Callable
     count: int
     base: int  # of the ragged panel a constant offset: as an axis it would be lost
+    apart: bool  # whether the epilogue waits for all tiles of a block
 
     @property
     def ragged(self) -> bool:
@@ -184,12 +206,15 @@ class _Panels:
                     for part in emit:
                         part(tile)
 
-        if chunks == 1:
+        if chunks > 1:
+            walk(_Tile.zero)
+            with loops(chunks) as (chunk,):
+                walk(lambda tile: tile.update(self.nest.depth, chunk))
+        elif self.ragged or not self.apart:
             walk(_Tile.multiply, _Tile.finish)
             return
-        walk(_Tile.zero)
-        with loops(chunks) as (chunk,):
-            walk(lambda tile: tile.update(self.nest.depth, chunk))
+        else:
+            walk(_Tile.multiply)
         walk(_Tile.finish)
 
 

@@ -8,6 +8,8 @@ parallel loop loads them. ``host_features`` asks Linux for the registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Protocol
 
@@ -17,17 +19,18 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86 import bf16_dense, int8_dense
 from tvmstruct.schedules.x86.bf16_dense import LLVM, round_row, row_stride, scratch
 from tvmstruct.schedules.x86.int8_dense import declare_columns, quantize_row
-from tvmstruct.schedules.x86.word_dense import Finish, Problem
+from tvmstruct.schedules.x86.word_dense import Finish, Problem, choose_order
 from tvmstruct.targets import Isa
 
 ROWS = 16  # of a tile; also its words along k, and its columns
 BLOCK = 2 * ROWS  # rows and columns under four tiles of sums
 LEFT, RIGHT = (4, 5), (6, 7)  # tile registers; 0 to 3 hold the sums
+BLOCKS = (32, 64, 128, 256, 512)  # rows of a block to choose from
 FEW = 8  # up to so many rows, vector dot products waste less
 
 
@@ -72,7 +75,8 @@ class AmxTiles:
         words = T.alloc_buffer((ROWS,), "int32", scope="global")
         for i, word in enumerate(shapes.view(np.int32).tolist()):
             T.buffer_store(words, T.int32(word), [i])
-        _intrinsic("ldtilecfg", words.access_ptr("r"))
+        # Not access_ptr, which insists on the type of memory that TVM may share with floats.
+        _intrinsic("ldtilecfg", T.address_of(words[0]))
 
     def zero(self, tile: int) -> None:
         """Set a tile to zero."""
@@ -101,21 +105,41 @@ def amx_bf16_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> K
     """Return dense on bfloat16 tiles, or on vectors where rows are few: x, w, ... as there."""
     if rows <= FEW:
         return bf16_dense.bf16_dense(isa, n, k, epilogue, rows, multiple=ROWS)
-    problem = Problem.of(isa, n, k, epilogue, rows, multiple=ROWS)
-    return _kernel("amx_bf16_dense", problem, Bf16(problem, AmxTiles("tdpbf16ps")))
+    problem = tile_problem(isa, n, k, epilogue, rows)
+    return _kernel("amx_bf16_dense", problem, lambda p: Bf16(p, AmxTiles("tdpbf16ps")))
 
 
 def amx_int8_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
     """Return dense on int8 tiles, or on vectors where rows are few: x, w, start, ... as there."""
     if rows <= FEW:
         return int8_dense.int8_dense(isa, n, k, epilogue, rows, multiple=ROWS)
+    problem = tile_problem(isa, n, k, epilogue, rows)
+    return _kernel("amx_int8_dense", problem, lambda p: Int8(p, AmxTiles("tdpbusd")))
+
+
+def tile_problem(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Problem:
+    """Return the problem for ``rows`` rows on whole tiles."""
     problem = Problem.of(isa, n, k, epilogue, rows, multiple=ROWS)
-    return _kernel("amx_int8_dense", problem, Int8(problem, AmxTiles("tdpbusd")))
+    return replace(problem, rows=None, block=max(BLOCK, problem.block // BLOCK * BLOCK))
 
 
-def _kernel(name: str, problem: Problem, arithmetic: Bf16 | Int8) -> Kernel:
-    build = lambda: tile_dense(problem, arithmetic)  # noqa: E731
-    return make_kernel(name, problem.key, build, work=problem.n * problem.k)
+def _kernel(name: str, problem: Problem, make: Callable[[Problem], Bf16 | Int8]) -> Kernel:
+    def build() -> tirx.PrimFunc:
+        return tile_dense(problem, make(problem))
+
+    def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
+        chosen = choose_blocks(problem, rows, pick)
+        return tile_dense(chosen, make(chosen))
+
+    space = Space(problem.parameters, build_tuned)
+    return make_kernel(name, problem.key, build, work=problem.n * problem.k, space=space)
+
+
+def choose_blocks(problem: Problem, rows: int, pick: Pick) -> Problem:
+    """Return the problem for exactly ``rows`` rows in the order of choice."""
+    sizes = sorted({problem.block, *(size for size in BLOCKS if size < rows + BLOCK)})
+    block = pick("block", sizes, problem.block)
+    return choose_order(problem, rows, block, pick, prepares=True)
 
 
 def tile_dense(problem: Problem, arithmetic: Bf16 | Int8) -> tirx.PrimFunc:
@@ -179,7 +203,7 @@ class Int8:
 
 
 def _emit(problem: Problem, arithmetic: Bf16 | Int8) -> None:
-    m = symbol("m")
+    m = symbol("m") if problem.rows is None else i64(problem.rows)
     x = argument("x", (m, i64(problem.k)))
     arithmetic.declare()
     finish = Finish.declare(problem, m)
@@ -189,10 +213,11 @@ def _emit(problem: Problem, arithmetic: Bf16 | Int8) -> None:
         arithmetic.prepare(x, rows, stride)
         with loops(m, kind=T.parallel if problem.many else None) as (row,):
             arithmetic.prepare_row(x, row, stride)
-        size = max(BLOCK, problem.block // BLOCK * BLOCK)
-        turns = (m + size - 1) // size * problem.panels
-        with loops(turns, kind=T.parallel if problem.parallel else None) as (turn,):
-            first, panel = turn // problem.panels * size, turn % problem.panels
+        size = problem.block
+        blocks = (m + size - 1) // size
+        kind = T.parallel if problem.parallel else None
+        with loops(blocks * problem.panels, kind=kind) as (turn,):
+            first, panel = problem.place(turn, blocks)
             _block(problem, arithmetic, finish, (first, T.min(m, first + size), panel), stride)
 
 

@@ -49,19 +49,19 @@ def bf16_dense(
 ) -> Kernel:
     """Return dense on words of two bfloat16 with x rounded to bfloat16 (needs AVX512-BF16)."""
     problem = Problem.of(isa, n, k, epilogue, rows, multiple=multiple)
-    return word_dense("bf16_dense", problem, lambda: _Dot(problem))
+    return word_dense("bf16_dense", problem, _Dot)
 
 
 def bf16_weight_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
     """Return dense on the same weights with x and the arithmetic in float32 (any CPU)."""
     problem = Problem.of(isa, n, k, epilogue, rows)
-    return word_dense("bf16_weight_dense", problem, lambda: _Widen(problem))
+    return word_dense("bf16_weight_dense", problem, _Widen)
 
 
 class _Dot:
     """Pairs of bfloat16 by ``vdpbf16ps``."""
 
-    llvm = LLVM
+    prepares, llvm = True, LLVM
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -93,7 +93,7 @@ class _Dot:
 class _Widen:
     """Weights widened to float32 by a shift (even k) and a mask (odd k)."""
 
-    llvm = ""
+    prepares, llvm = False, ""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

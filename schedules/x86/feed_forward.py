@@ -15,8 +15,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, row_segments
-from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.compute.dense import ACTIVATIONS, row_segments, tile_heights
+from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, VECTORS, panel_width
 from tvmstruct.schedules.x86.register_tile import accumulate
@@ -24,6 +24,7 @@ from tvmstruct.targets import Isa
 
 BLOCK = 64  # rows of a block: enough to reuse a streamed panel, few enough for the cache
 HIDDEN = 256  # hidden features of a chunk: y is read and written once per chunk
+MOST = 4  # times as many rows and features at most, when tuning chooses
 MANY_ROWS = 512  # below, the hidden rows stay in cache anyway and separate kernels tie
 
 
@@ -39,6 +40,16 @@ def pays(isa: Isa, n: int, hidden: int, rows: int, threads: int) -> bool:
     return n % width == 0 and hidden % width == 0 and rows >= max(MANY_ROWS, BLOCK * threads)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: rows of a block, hidden features of a chunk, heights of tiles."""
+
+    rows: int | None  # all of them; None: any number
+    block: int
+    chunk: int
+    heights: tuple[int, ...]
+
+
 def feed_forward(
     isa: Isa,
     sizes: tuple[int, int, int],
@@ -52,11 +63,38 @@ def feed_forward(
     """
     key = (isa.name, *sizes, activation, flags, block)
     k, hidden, n = sizes
+    default = Cut(None, block, _chunk(isa, hidden), HEIGHTS[isa.name])
 
-    def build() -> tirx.PrimFunc:
-        return replace_math(prim_func(lambda: _emit(isa, sizes, activation, flags, block)))
+    def build(cut: Cut) -> tirx.PrimFunc:
+        return replace_math(prim_func(lambda: _emit(isa, sizes, activation, flags, cut)))
 
-    return make_kernel("feed_forward", key, build, work=hidden * (k + n))
+    def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
+        return build(_choose(isa, default, hidden, rows, pick))
+
+    words = [w for w, there in zip(("bias", "bias2", "residual"), flags, strict=True) if there]
+    space = Space(" ".join([f"{k} {hidden} {n}", activation, *words]), build_tuned)
+    work = hidden * (k + n)
+    return make_kernel("feed_forward", key, lambda: build(default), work=work, space=space)
+
+
+def _chunk(isa: Isa, hidden: int) -> int:
+    """Return the hidden features of a chunk: whole panels of both weights."""
+    width = panel_width(isa)
+    return max(c for c in range(width, max(HIDDEN, width) + 1, width) if hidden % c == 0)
+
+
+def _choose(isa: Isa, default: Cut, hidden: int, rows: int, pick: Pick) -> Cut:
+    """Return the cut of choice for exactly ``rows`` rows."""
+    most = min(rows, (isa.registers - 4) // VECTORS)  # sums, and the operands of one FMA
+    height = pick("height", range(min(most, 3), most + 1), min(rows, default.heights[0]))
+    block = min(rows, default.block)
+    blocks = [d for d in divisors(rows, height, rows) if d <= MOST * BLOCK]
+    block = pick("block", sorted({block, *blocks}), block)
+    width = panel_width(isa)
+    panels = divisors(hidden // width, 1, hidden // width)
+    chunks = [p * width for p in panels if p * width <= MOST * HIDDEN]
+    chunk = pick("chunk", sorted({default.chunk, *chunks}), default.chunk)
+    return Cut(rows, block, chunk, tile_heights(height, None if rows % block else block))
 
 
 @dataclass
@@ -67,7 +105,7 @@ class _Block:
     buffers: dict
     first: object
     count: object
-    chunk: int
+    cut: Cut
 
     def clear(self, n: int) -> None:
         """Set y to zero, onto which every chunk adds."""
@@ -101,7 +139,7 @@ class _Block:
                 value = sums[v][i]
                 if b1 is not None:
                     value = value + b1[T.ramp(panel * width + v * lanes, 1, lanes)]
-                at = (row + i) * self.chunk + local * width + v * lanes
+                at = (row + i) * self.cut.chunk + local * width + v * lanes
                 value = ACTIVATIONS[activation](value)
                 T.buffer_store(inner, value, [T.ramp(at, 1, lanes)])
 
@@ -116,9 +154,9 @@ class _Block:
                 at = panel * (VECTORS * lanes) + v * lanes
                 return (self.first + row + i, T.ramp(at, 1, lanes))
 
-            left = lambda i, p: inner[(row + i) * self.chunk + p]  # noqa: E731
+            left = lambda i, p: inner[(row + i) * self.cut.chunk + p]  # noqa: E731
             right = lambda p, v: self.buffers["w2"][panel, offset + p, self._lane(v)]  # noqa: E731
-            sums = self._multiply(height, self.chunk, left, right)
+            sums = self._multiply(height, self.cut.chunk, left, right)
             for i, v in product(range(height), range(VECTORS)):
                 T.buffer_store(y, y[out(i, v)] + sums[v][i], list(out(i, v)))
 
@@ -135,21 +173,21 @@ class _Block:
         return T.ramp(i64(v * self.isa.lanes), 1, self.isa.lanes)
 
     def _tiles(self, emit) -> None:
-        for segment in row_segments(self.count, HEIGHTS[self.isa.name]):
+        for segment in row_segments(self.count, self.cut.heights):
             with loops(segment.count) as (t,):
                 emit(segment.height, segment.start + t * segment.height)
 
 
-def _emit(isa: Isa, sizes, activation: str, flags, block: int) -> None:
+def _emit(isa: Isa, sizes, activation: str, flags, cut: Cut) -> None:
     k, hidden, n = sizes
-    width = panel_width(isa)
-    chunk = max(c for c in range(width, max(HIDDEN, width) + 1, width) if hidden % c == 0)
-    m = symbol("m")
+    width, rows, block, chunk = panel_width(isa), cut.rows, cut.block, cut.chunk
+    m = symbol("m") if rows is None else i64(rows)
     buffers = _arguments(m, sizes, flags, width)
     with loops((m + block - 1) // block, kind=T.parallel) as (b,):
-        count = T.min(i64(block), m - b * block)
+        whole = rows is not None and rows % block == 0
+        count = block if whole else T.min(i64(block), m - b * block)
         buffers["inner"] = T.alloc_buffer((i64(block * chunk),), "float32", scope="global")
-        work = _Block(isa, buffers, b * block, count, chunk)
+        work = _Block(isa, buffers, b * block, count, cut)
         work.clear(n)
         with loops(hidden // chunk) as (c,):
             with loops(chunk // width) as (panel,):

@@ -34,13 +34,13 @@ def int8_dense(
 ) -> Kernel:
     """Return dense on words of four int8: x, w, start, scale, [bias], [residual], y."""
     problem = Problem.of(isa, n, k, epilogue, rows, multiple=multiple)
-    return word_dense("int8_dense", problem, lambda: _Dot(problem))
+    return word_dense("int8_dense", problem, _Dot)
 
 
 class _Dot:
     """Groups of four bytes by ``vpdpbusd``."""
 
-    llvm = ""
+    prepares, llvm = True, ""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

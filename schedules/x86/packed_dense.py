@@ -6,8 +6,8 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvmstruct.schedules.compute import dense
-from tvmstruct.schedules.compute.dense import Epilogue, Nest
-from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
+from tvmstruct.schedules.compute.dense import Epilogue, Nest, tile_heights
+from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.intrinsics import fma_tile
 from tvmstruct.targets import Isa
@@ -38,9 +38,7 @@ def packed_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Ker
     def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
         return _build(isa, (n, k), epilogue, choose_nest(isa, (rows, n, k), pick), rows, pick)
 
-    words = [epilogue.activation, *(["residual"] if epilogue.residual else [])]
-    words += ["bias"] if epilogue.bias else []
-    space = Space(f"{n} {k} {' '.join(sorted(words))}", build_tuned)
+    space = Space(f"{n} {k} {epilogue.words}", build_tuned)
     return make_kernel("packed_dense", key, build, work=n * k, space=space)
 
 
@@ -59,14 +57,12 @@ def choose_nest(isa: Isa, sizes: tuple[int, int, int], pick: Pick) -> Nest:
     rows, n, k = sizes
     most = min(rows, (isa.registers - 4) // VECTORS)  # sums, and the operands of one FMA
     height = pick("height", range(min(most, 3), most + 1), min(rows, HEIGHTS[isa.name][0]))
-    block = pick("block", _divisors(rows, height, rows), rows)
-    depth = pick("depth", _divisors(k, SMALLEST_DEPTH, k), _depth_step(k))
+    block = pick("block", divisors(rows, height, rows), rows)
+    depth = pick("depth", divisors(k, SMALLEST_DEPTH, k), _depth_step(k))
     blocks_first = pick("blocks_first", (0, 1) if block < rows else (0,), 0)
     small = rows * n * k <= MAYBE_SERIAL * SERIAL_MACS
     parallel = pick("parallel", (0, 1) if small else (1,), int(rows * n * k > SERIAL_MACS))
-    rest = block % height
-    heights = (height, rest) if rest else (height,)
-    return Nest(heights, bool(parallel), block, depth, bool(blocks_first))
+    return Nest(tile_heights(height, block), bool(parallel), block, depth, bool(blocks_first))
 
 
 def schedule_packed_dense(sch: Schedule, isa: Isa, pick: Pick = pick_default) -> None:
@@ -110,8 +106,3 @@ def _depth_step(k: int) -> int:
     """Return the largest divisor of k up to MAX_DEPTH, or k where none is near."""
     step = max(d for d in range(1, min(k, MAX_DEPTH) + 1) if k % d == 0)
     return step if step * 8 >= MAX_DEPTH or step == k else k
-
-
-def _divisors(of: int, least: int, most: int) -> list[int]:
-    """Return the divisors of a number in a range, and the number itself."""
-    return sorted({d for d in range(least, most + 1) if of % d == 0} | {of})

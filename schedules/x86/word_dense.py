@@ -8,7 +8,7 @@ sums is made. Everything else is here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Protocol
@@ -17,18 +17,24 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, row_segments
-from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.compute.dense import (
+    ACTIVATIONS,
+    CHEAP,
+    Epilogue,
+    row_segments,
+    tile_heights,
+)
+from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.targets import Isa
 
 VECTORS = 2  # of columns in a tile
 HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (4, 2, 1), "sse": (4, 2, 1)}
 SERIAL_MACS = 1 << 18  # under this much work, waking a second thread costs more than it saves
+MAYBE_SERIAL = 8  # up to so many times that, tuning tries one thread too
 SERIAL_ELEMENTS = 1 << 14  # of x, to prepare: the same limit
 BLOCK_BYTES = 1 << 18  # of prepared x, a quarter of a second-level cache
 MOST_ROWS, TALLEST = 128, 8
-CHEAP = ("none", "relu")  # activations worth their code once per vector of the tile
 
 Tile = tuple[int, object, object]  # height, first row, panel
 
@@ -36,10 +42,12 @@ Tile = tuple[int, object, object]  # height, first row, panel
 class Arithmetic(Protocol):
     """How one kind of number is multiplied; the methods emit code.
 
-    ``llvm`` is LLVM source that the kernel calls into: TVM has no bfloat16 vectors of its own, so
-    what LLVM's intrinsics want is made inside LLVM, in functions that vanish by inlining.
+    ``prepares`` says whether x changes its form before the product. ``llvm`` is LLVM source that
+    the kernel calls into: TVM has no bfloat16 vectors of its own, so what LLVM's intrinsics want
+    is made inside LLVM, in functions that vanish by inlining.
     """
 
+    prepares: bool
     llvm: str
 
     def declare(self) -> None:
@@ -57,15 +65,23 @@ class Arithmetic(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """What the code of a kernel depends on."""
+    """What the code of a kernel depends on: what it computes, and in which order.
+
+    A turn of the outer loop, of which threads take a share each if ``parallel``, is one panel
+    and one block of rows; the panels of a block follow each other, or with ``blocks_first``
+    unset the blocks of a panel.
+    """
 
     isa: Isa
     n: int
     k: int
     epilogue: Epilogue
-    single: bool
+    rows: int | None  # None: any number
+    heights: tuple[int, ...]  # of tiles
+    block: int  # rows of x that stay in cache while the panels pass by
     parallel: bool
     many: bool  # whether preparing x is worth several threads
+    blocks_first: bool = True
     multiple: int = 1  # of words along k in the packed weight
 
     @classmethod
@@ -74,7 +90,9 @@ class Problem:
     ) -> Problem:
         """Return the problem for ``rows`` rows, which matter only through three classes."""
         parallel, many = rows * n * k > SERIAL_MACS, rows > 1 and rows * k > SERIAL_ELEMENTS
-        return cls(isa, n, k, epilogue, rows == 1, parallel, many, multiple)
+        order = ((1,), 1) if rows == 1 else (HEIGHTS[isa.name], _block_rows(k))
+        one = 1 if rows == 1 else None
+        return cls(isa, n, k, epilogue, one, *order, parallel, many, multiple=multiple)
 
     @property
     def width(self) -> int:
@@ -92,16 +110,21 @@ class Problem:
         return argument("w", (i64(self.panels), i64(words), i64(self.width)), "int32")
 
     @property
-    def block(self) -> int:
-        """Rows of x that stay in cache while the panels pass by."""
-        rows = BLOCK_BYTES // (2 * self.k) // TALLEST * TALLEST
-        return max(2 * TALLEST, min(MOST_ROWS, rows))
+    def key(self) -> tuple[object, ...]:
+        """What tells this code from any other that ``of`` returns."""
+        flags = (self.rows == 1, self.parallel, self.many, self.multiple)
+        return (self.isa.name, self.n, self.k, self.epilogue, *flags)
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """What tells this code from any other."""
-        flags = (self.single, self.parallel, self.many, self.multiple)
-        return (self.isa.name, self.n, self.k, self.epilogue, *flags)
+    def parameters(self) -> str:
+        """What is computed, for the key of a record."""
+        return f"{self.n} {self.k} {self.epilogue.words}"
+
+    def place(self, turn, blocks) -> tuple:
+        """Return the first row and the panel of a turn."""
+        if self.blocks_first:
+            return turn // self.panels * self.block, turn % self.panels
+        return turn % blocks * self.block, turn // blocks
 
 
 def panel_width(isa: Isa) -> int:
@@ -109,19 +132,49 @@ def panel_width(isa: Isa) -> int:
     return VECTORS * isa.lanes
 
 
-def word_dense(
-    name: str, problem: Problem, make: Callable[[], Arithmetic], *, key: tuple[object, ...] = ()
-) -> Kernel:
+def _block_rows(k: int) -> int:
+    rows = BLOCK_BYTES // (2 * k) // TALLEST * TALLEST
+    return max(2 * TALLEST, min(MOST_ROWS, rows))
+
+
+def word_dense(name: str, problem: Problem, make: Callable[[Problem], Arithmetic]) -> Kernel:
     """Return the kernel ``name``: x, the weight's arguments, [bias], [residual], y."""
 
-    def build() -> tirx.PrimFunc:
-        return replace_math(prim_func(lambda: _emit(problem, make())))
+    def build(problem: Problem) -> tirx.PrimFunc:
+        return replace_math(prim_func(lambda: _emit(problem, make(problem))))
 
-    return make_kernel(name, (*problem.key, *key), build, work=problem.n * problem.k)
+    def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
+        return build(_choose(problem, rows, pick, make(problem).prepares))
+
+    space = Space(problem.parameters, build_tuned)
+    work = problem.n * problem.k
+    return make_kernel(name, problem.key, lambda: build(problem), work=work, space=space)
+
+
+def _choose(problem: Problem, rows: int, pick: Pick, prepares: bool) -> Problem:
+    """Return the problem for exactly ``rows`` rows in the order of choice."""
+    most = min(rows, (problem.isa.registers - 4) // VECTORS)  # sums, and operands of a product
+    height = pick("height", range(min(most, 3), most + 1), min(rows, problem.heights[0]))
+    block = min(rows, problem.block)
+    block = pick("block", sorted({block, *divisors(rows, height, rows)}), block)
+    heights = tile_heights(height, None if rows % block else block)
+    return choose_order(replace(problem, heights=heights), rows, block, pick, prepares)
+
+
+def choose_order(problem: Problem, rows: int, block: int, pick: Pick, prepares: bool) -> Problem:
+    """Return the problem for exactly ``rows`` rows with the choices that all kernels share."""
+    first = pick("blocks_first", (0, 1) if block < rows else (1,), 1)
+    small = rows * problem.n * problem.k <= MAYBE_SERIAL * SERIAL_MACS
+    parallel = pick("parallel", (0, 1) if small else (1,), int(problem.parallel))
+    many = problem.many
+    if prepares and rows > 1:
+        many = bool(pick("parallel_prepare", (0, 1), int(many)))
+    order = {"blocks_first": bool(first), "parallel": bool(parallel), "many": many}
+    return replace(problem, rows=rows, block=block, **order)
 
 
 def _emit(problem: Problem, arithmetic: Arithmetic) -> None:
-    m = i64(1) if problem.single else symbol("m")
+    m = symbol("m") if problem.rows is None else i64(problem.rows)
     x = argument("x", (m, i64(problem.k)))
     arithmetic.declare()
     finish = Finish.declare(problem, m)
@@ -131,20 +184,20 @@ def _emit(problem: Problem, arithmetic: Arithmetic) -> None:
 
 
 def _panels(problem: Problem, arithmetic: Arithmetic, m, finish: Finish) -> None:
-    """Emit all tiles: threads take panels of a block of rows, and few blocks when rows are many."""
+    """Emit all tiles, turn by turn."""
     full, ragged = divmod(problem.n, problem.width)
-    size = problem.block
-    blocks = 1 if problem.single else (m + size - 1) // size
+    size, rows = problem.block, problem.rows
+    blocks = (m + size - 1) // size
 
     def block(panel, first, store: Callable[[Tile, list[list]], None]) -> None:
-        count = 1 if problem.single else T.min(i64(size), m - first)
-        for s in row_segments(count, (1,) if problem.single else HEIGHTS[problem.isa.name]):
+        whole = rows is not None and rows % size == 0
+        for s in row_segments(size if whole else T.min(i64(size), m - first), problem.heights):
             with loops(s.count) as (t,):
                 tile = (s.height, first + s.start + t * s.height, panel)
                 store(tile, arithmetic.sums(tile))
 
     with loops(blocks * problem.panels, kind=T.parallel if problem.parallel else None) as (turn,):
-        first, panel = turn // problem.panels * size, turn % problem.panels
+        first, panel = problem.place(turn, blocks)
         if not ragged:
             block(panel, first, finish.whole)
             return

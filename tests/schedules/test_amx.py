@@ -14,15 +14,15 @@ import pytest
 import tvm
 from tvm.script.ir_builder import tirx as T
 
-from tests.kernels import finish
+from tests.kernels import finish, random_picks
 from tests.low_precision import Case, build, target
 from tests.schedules.test_bf16_dense import rounded
 from tests.schedules.test_int8_dense import reference
 from tvmstruct.schedules.builder import loops
 from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.x86.amx import ROWS, Bf16, Int8, tile_dense
+from tvmstruct.schedules.registry import Pick
+from tvmstruct.schedules.x86.amx import ROWS, Bf16, Int8, choose_blocks, tile_dense, tile_problem
 from tvmstruct.schedules.x86.precisions import precision
-from tvmstruct.schedules.x86.word_dense import Problem
 from tvmstruct.targets import ISAS, resolve
 from tvmstruct.testing import tolerance
 
@@ -93,12 +93,16 @@ class EmulatedTiles:
         pass
 
 
-def emulated(name: str, sizes, epilogue: Epilogue, rng) -> tuple[Case, tvm.runtime.Module]:
-    """Return a case whose kernel runs on emulated tiles."""
+def emulated(
+    name: str, sizes, epilogue: Epilogue, rng, pick: Pick | None = None
+) -> tuple[Case, tvm.runtime.Module]:
+    """Return a case whose kernel runs on emulated tiles, with ``pick`` at fixed rows."""
     rows, n, k = sizes
     case = Case(precision(name, AVX512, SAPPHIRE_RAPIDS.features), (n, k), epilogue, rows, rng)
     arithmetic = {"bf16": Bf16, "int8": Int8}[name]
-    problem = Problem.of(AVX512, n, k, epilogue, rows, multiple=ROWS)
+    problem = tile_problem(AVX512, n, k, epilogue, rows)
+    if pick is not None:
+        problem = choose_blocks(problem, rows, pick)
     func = tile_dense(problem, arithmetic(problem, EmulatedTiles(arithmetic.group)))
     func = func.with_attr("global_symbol", "emulated").with_attr("tirx.is_scheduled", True)
     case.kernel = replace(case.kernel, symbol="emulated", func=func)
@@ -120,6 +124,14 @@ def test_int8_loops_are_exact(sizes, rng):
     np.testing.assert_array_equal(case.run(library), reference(case.x, case.w))
 
 
+@pytest.mark.isa("avx512")
+@pytest.mark.parametrize("sizes", [(33, 70, 33), (260, 40, 1100)], ids=str)
+def test_every_choice_computes_the_same(sizes, rng):
+    for pick in random_picks(rng, 3):
+        case, library = emulated("int8", sizes, Epilogue(), rng, pick)
+        np.testing.assert_array_equal(case.run(library), reference(case.x, case.w))
+
+
 @pytest.mark.isa("avx512bf16")
 def test_no_rows(rng):
     case, library = emulated("bf16", (1, 40, 33), Epilogue(), rng)
@@ -138,6 +150,14 @@ def test_instructions(name, product):
     assert [found[0], found[-1]] == ["ldtilecfg", "tilerelease"]
     assert found.count(product) == found.count("tileloadd") > 0
     assert found.count("tilestored") == found.count("tilezero") > 0
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_one_thread(name):
+    """Preparing x and loading the shapes of tiles in one loop nest share small buffers."""
+    kernel = precision(name, AVX512, SAPPHIRE_RAPIDS.features).kernel(64, 45, Epilogue(), 12)
+    mod = tvm.IRModule({"k": kernel.func.with_attr("global_symbol", "k")})
+    assert "ldtilecfg" in tvm.compile(mod, target=SAPPHIRE_RAPIDS.target).mod.inspect_source("asm")
 
 
 def test_few_rows_use_vectors_on_the_same_weight():

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.kernels import finish
-from tests.low_precision import ROWS, SHAPES, Case, build, choose
+from tests.kernels import finish, random_picks
+from tests.low_precision import CHOSEN, ROWS, SHAPES, Case, build, choose, tuned
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.compute.low_precision import pack_words, round_bf16, stored_error
 from tvmstruct.testing import tolerance
@@ -66,6 +66,14 @@ def test_rows_are_symbolic(name, isa, rows, rng):
     case.kernel = chosen.kernel(70, 90, Epilogue(bias=True), 128)
     case.x, case.residual = case.x[:rows], case.residual[:rows]
     check(name, isa, [case])
+
+
+@every_kernel
+def test_every_choice_computes_the_same(name, isa, rng):
+    chosen = choose(name, isa)
+    for rows, n, k, epilogue in CHOSEN:
+        case = Case(chosen, (n, k), epilogue, rows, rng)
+        check(name, isa, tuned(case, random_picks(rng, 4)))
 
 
 @every_kernel

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.kernels import finish
-from tests.low_precision import ROWS, SHAPES, Case, build, choose
+from tests.kernels import finish, random_picks
+from tests.low_precision import CHOSEN, ROWS, SHAPES, Case, build, choose, tuned
 from tests.schedules.test_bf16_dense import busiest_loop
 from tvmstruct.errors import TargetError
 from tvmstruct.schedules.compute.dense import Epilogue
@@ -69,6 +69,14 @@ def test_rows_are_symbolic(isa, rows, rng):
     case.kernel = chosen.kernel(70, 90, Epilogue(), 128)
     case.x = case.x[:rows]
     check(isa, [case])
+
+
+@every_isa
+def test_every_choice_computes_the_same(isa, rng):
+    chosen = choose("int8", isa)
+    for rows, n, k, epilogue in CHOSEN:
+        case = Case(chosen, (n, k), epilogue, rows, rng)
+        check(isa, tuned(case, random_picks(rng, 4)))
 
 
 @every_isa

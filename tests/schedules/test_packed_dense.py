@@ -159,6 +159,17 @@ def test_the_inner_loop_is_fma_on_whole_registers():
     assert not re.findall(r"vmovup?s?\s+%zmm\d+,.*\(%rsp\)", busiest), "accumulators are spilled"
 
 
+def test_no_activation_takes_the_registers_of_the_sums():
+    """AVX2 has 16: an epilogue beside the products made LLVM spill sums in every step of k."""
+    kernels = X86Kernels(ISAS[1])
+    made = [kernels.packed_dense(64, 384, Epilogue(True, a), 64) for a in ACTIVATIONS]
+    assembly = build(ISAS[1], {k.symbol: k.func for k in made}).inspect_source("asm")
+    blocks = [text.split("\tj")[0] for text in re.split(r"^\.?\w+:", assembly, flags=re.M)]
+    steps = [text for text in blocks if len(re.findall("vfmadd231ps", text)) >= 8]
+    assert len(steps) >= 2 * len(made), "two chunks of the depth each"
+    assert not [text for text in steps if re.search(r"%ymm\d+, -?\d*\(%rsp\)", text)]
+
+
 def test_the_key_of_a_kernel_is_all_that_its_code_depends_on():
     kernels = X86Kernels(ISAS[0])
     a = kernels.packed_dense(64, 32, Epilogue(), 8)
