@@ -101,8 +101,7 @@ class EmitKernels:
         x, *residual = args
         up, down = node.up, node.down
         sizes = (up.op.n_in, up.op.n_out, down.op.n_out)
-        flags = (up.bias is not None, down.bias is not None, down.residual)
-        kernel = self.kernels.feed_forward(sizes, up.activation, flags, shape[0])
+        kernel = self.kernels.feed_forward(sizes, up.epilogue, down.epilogue, shape[0])
         return kernel, [x, *self._packed(up), *self._packed(down), *residual]
 
     def _packed(self, layer: Layer) -> list[relax.Expr]:

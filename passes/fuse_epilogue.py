@@ -39,13 +39,13 @@ class FuseEpilogue:
         return None
 
     def _activation(self, graph: Graph, call, found: Activation) -> relax.Expr | None:
-        layer, old = self._producer(graph, found.x, uses=found.uses)
+        layer, old = producer(graph, self.table, found.x, uses=found.uses)
         if layer is None or layer.activation != "none" or layer.residual:
             return None
         return self._replace(replace(layer, activation=found.name), old, [], call)
 
     def _add(self, graph: Graph, call, y, other) -> relax.Expr | None:
-        layer, old = self._producer(graph, y, uses=1)
+        layer, old = producer(graph, self.table, y)
         if layer is None or layer.residual:
             return None
         value = graph.value(other)
@@ -70,22 +70,6 @@ class FuseEpilogue:
         total = bias if layer.bias is None else layer.bias + bias
         return self._replace(replace(layer, bias=total), old, [], call)
 
-    def _producer(self, graph: Graph, expr, uses: int) -> tuple[Layer | None, relax.Expr | None]:
-        """Return the layer whose rows ``expr`` reshapes, if nothing else reads them."""
-        first = True
-        while isinstance(expr, relax.Var):
-            if graph.uses[expr] != (uses if first else 1):
-                return None, None
-            first = False
-            value = graph.bound.get(expr)
-            if (layer := self.table.layer(value)) is not None:
-                width = (compat.static_shape(value) or (0,))[-1]
-                return (layer, value) if width == layer.op.n_out else (None, None)
-            if compat.op_name(value) != "relax.reshape" or not _keeps_last_axis(value):
-                return None, None
-            expr = value.args[0]
-        return None, None
-
     def _replace(self, layer: Layer, old, extra: list, call) -> relax.Expr:
         rows = compat.static_shape(old)
         assert rows is not None
@@ -94,6 +78,25 @@ class FuseEpilogue:
         assert shape is not None
         assert math.prod(shape) == math.prod(rows)
         return R.reshape(y, shape)
+
+
+def producer(
+    graph: Graph, table: LayerTable, expr, *, uses: int = 1
+) -> tuple[Layer | None, relax.Expr | None]:
+    """Return the layer whose rows ``expr`` reshapes and its call, if nothing else reads them."""
+    first = True
+    while isinstance(expr, relax.Var):
+        if graph.uses[expr] != (uses if first else 1):
+            return None, None
+        first = False
+        value = graph.bound.get(expr)
+        if (layer := table.layer(value)) is not None:
+            width = (compat.static_shape(value) or (0,))[-1]
+            return (layer, value) if width == layer.op.n_out else (None, None)
+        if compat.op_name(value) != "relax.reshape" or not _keeps_last_axis(value):
+            return None, None
+        expr = value.args[0]
+    return None, None
 
 
 def _keeps_last_axis(reshape: relax.Call) -> bool:

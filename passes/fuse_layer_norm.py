@@ -1,21 +1,27 @@
-"""Replace layer normalisation over the last axis by its kernel, however the graph spells it."""
+"""Let the layer before a layer normalisation compute it, else give it a kernel of its own.
+
+The rows that a layer has just written are still in cache, and one kernel call less is a wake-up
+of threads less.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from tvm import relax
 
 from tvmstruct import compat
-from tvmstruct.layers import LayerNorm, LayerTable
+from tvmstruct.layers import LayerNorm, LayerTable, arguments
+from tvmstruct.passes.fuse_epilogue import producer
 from tvmstruct.rewrite import Graph, Reject
 
 R = relax.op
 
 
 class FuseLayerNorm:
-    """Send ``nn.layer_norm`` with constant scale and shift to the layer norm kernel."""
+    """Send ``nn.layer_norm`` over the last axis to the layer before it, or to its kernel."""
 
     name = "fuse_layer_norm"
 
@@ -36,6 +42,10 @@ class FuseLayerNorm:
         n, rows = shape[-1], math.prod(shape[:-1])
         gamma = gamma if call.attrs.scale else relax.const(np.ones(n, "float32"))
         beta = beta if call.attrs.center else relax.const(np.zeros(n, "float32"))
-        node = LayerNorm(n, float(call.attrs.epsilon))
-        y = self.table.call(node, [R.reshape(x, (rows, n)), gamma, beta], (rows, n))
-        return R.reshape(y, shape)
+        epsilon = float(call.attrs.epsilon)
+        layer, old = producer(graph, self.table, x)
+        if layer is not None and old is not None and compat.static_shape(old) == (rows, n):
+            node, args = replace(layer, norm=epsilon), arguments(old)
+        else:
+            node, args = LayerNorm(n, epsilon), [R.reshape(x, (rows, n))]
+        return R.reshape(self.table.call(node, [*args, gamma, beta], (rows, n)), shape)

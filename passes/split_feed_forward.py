@@ -23,17 +23,17 @@ class SplitFeedForward:
         down = self.table.layer(call)
         if down is None or not _plain(down) or down.activation != "none":
             return None
-        hidden, *residual = arguments(call)
+        hidden, *more = arguments(call)
         producer = graph.value(hidden)
         up = self.table.layer(producer)
-        if up is None or not _plain(up) or up.residual or not graph.single(hidden):
+        if up is None or not _plain(up) or up.epilogue.joins_rows or not graph.single(hidden):
             return None
         shape = compat.static_shape(call)
         assert shape is not None
         sizes = (up.op.n_in, up.op.n_out, down.op.n_out)
         if up.op.n_out != down.op.n_in or not self.kernels.splits_feed_forward(sizes, shape[0]):
             return None
-        args = [arguments(producer)[0], *residual]
+        args = [arguments(producer)[0], *more]
         return self.table.call(FeedForward(up, down), args, shape)
 
 

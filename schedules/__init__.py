@@ -60,11 +60,11 @@ class Kernels(Protocol):
     def feed_forward(
         self,
         sizes: tuple[int, int, int],
-        activation: str,
-        flags: tuple[bool, bool, bool],
+        up: Epilogue,
+        down: Epilogue,
         rows: int,
     ) -> Kernel:
-        """Return two dense layers in one; flags: first bias, second bias, residual."""
+        """Return two dense layers in one."""
         ...
 
     def attention(self, node, rows: int) -> Kernel:

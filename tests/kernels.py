@@ -74,4 +74,21 @@ def activate(name: str, v: np.ndarray) -> np.ndarray:
 def finish(y: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray) -> np.ndarray:
     """Return the epilogue of ``y`` in float64."""
     y = activate(epilogue.activation, y + bias if epilogue.bias else y)
-    return y + residual if epilogue.residual else y
+    y = y + residual if epilogue.residual else y
+    if epilogue.norm is None:
+        return y
+    gamma, beta = gamma_and_beta(y.shape[1])
+    centred = y - y.mean(axis=1, keepdims=True)
+    scale = np.sqrt((centred**2).mean(axis=1, keepdims=True) + epilogue.norm)
+    return centred / scale * gamma + beta
+
+
+def gamma_and_beta(n: int) -> list[np.ndarray]:
+    """Return the scale and shift of the normalisation in ``finish``."""
+    return [np.linspace(a, b, n, dtype=np.float32) for a, b in ((0.5, 1.5), (-1, 1))]
+
+
+def extras(epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray) -> list[np.ndarray]:
+    """Return the arguments of a kernel for its epilogue, in their order."""
+    norm = [] if epilogue.norm is None else gamma_and_beta(bias.shape[0])
+    return [bias] * epilogue.bias + [residual] * epilogue.residual + norm

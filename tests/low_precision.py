@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import tvm
 
-from tests.kernels import GUARD
+from tests.kernels import GUARD, extras
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, Pick
 from tvmstruct.schedules.x86.precisions import Precision, precision
@@ -89,6 +89,6 @@ class Case:
 
     def run(self, library: tvm.runtime.Module) -> np.ndarray:
         """Return what the kernel computes."""
-        more = [self.bias] * self.epilogue.bias + [self.residual] * self.epilogue.residual
+        more = extras(self.epilogue, self.bias, self.residual)
         arrays = [self.x, *self.tensors, *more]
         return call(library[self.kernel.symbol], arrays, len(self.x), self.sizes[0])

@@ -21,7 +21,10 @@ PREFIX = "tvmstruct.layer."
 
 @dataclass(frozen=True)
 class Layer:
-    """``y = residual + activation(x @ op + bias)`` on rows, under its weights' source names."""
+    """``y = norm(residual + activation(x @ op + bias))`` on rows, under its weights' source names.
+
+    Arguments are x, the residual where there is one, and scale and shift of the normalisation.
+    """
 
     names: tuple[str, ...]
     op: ops.Op
@@ -29,6 +32,7 @@ class Layer:
     bias: np.ndarray | None = None
     activation: str = "none"
     residual: bool = False
+    norm: float | None = None  # epsilon of a layer normalisation at the end
     parts: tuple[Layer, ...] = ()  # the layers that a merged one stands for
     precision: str = "f32"
 
@@ -40,14 +44,14 @@ class Layer:
     @property
     def epilogue(self) -> Epilogue:
         """What the kernel does after the product."""
-        return Epilogue(self.bias is not None, self.activation, self.residual)
+        return Epilogue(self.bias is not None, self.activation, self.residual, self.norm)
 
 
 @dataclass(frozen=True)
 class FeedForward:
     """Two dense layers with the activation between them, computed in chunks that stay in cache.
 
-    Arguments are x and, where ``down.residual``, the residual.
+    Arguments are x and those of ``down`` after its input.
     """
 
     up: Layer

@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, Segment, row_segments
+from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.stages import Copy, Dim, Hadamard, MatMul, Program, Stage, X, Y, Zero, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
@@ -180,7 +181,7 @@ def chain(
 ) -> tuple[tirx.PrimFunc, list[Tile]]:
     """Return the definition and the tiles that its product blocks name.
 
-    Arguments are x, the weights, [bias], [residual], y; ``rows=None`` is symbolic.
+    Arguments are x, the weights, [bias], [residual], [gamma, beta], y; ``rows=None`` is symbolic.
     """
     tiles: dict[Tile, int] = {}
 
@@ -226,6 +227,7 @@ class _Kernel:
         self.bias = argument("bias", (i64(sizes[Y]),)) if self.epilogue.bias else None
         residual = self.epilogue.residual
         self.residual = argument("residual", (m, i64(sizes[Y]))) if residual else None
+        self.norm = RowNorm.declare(self.lanes, sizes[Y], self.epilogue.norm)
         self.y = argument("y", (m, i64(sizes[Y])))
 
     def emit(self, segment: Segment, *, parallel: bool) -> None:
@@ -259,6 +261,7 @@ class _Kernel:
 
         own = [s.buffer[0 : s.buffer.shape[0]] for s in work.buffers[Y + 1 :] if s is not None]
         flat = [*self.weights, *([self.bias] if self.bias is not None else [])]
+        flat += [self.norm.gamma, self.norm.beta] if self.norm is not None else []
         reads = [self.x, *([self.residual] if self.residual is not None else []), self.y]
         T.reads(*map(rows, reads), *(b[0 : b.shape[0]] for b in flat), *own)
         T.writes(rows(self.y), *own)
@@ -548,10 +551,16 @@ class _Block:
             self.save(s.dst, row, low + half, a - b, lanes)
 
     def finish(self) -> None:
-        """Apply bias, activation and residual while the rows are still in cache."""
+        """Apply the epilogue while the rows are still in cache."""
         kernel, epilogue = self.kernel, self.kernel.epilogue
-        if epilogue == Epilogue():
-            return
+        if replace(epilogue, norm=None) != Epilogue():
+            self._finish()
+        if kernel.norm is not None:
+            kernel.norm.emit(kernel.y, self.first, self.height, parallel=False)
+
+    def _finish(self) -> None:
+        """Apply bias, activation and residual."""
+        kernel, epilogue = self.kernel, self.kernel.epilogue
         for start, count, lanes in self._runs(kernel.program.sizes[Y]):
             with loops(self.height, count) as (row, i):
                 at = start + i * lanes

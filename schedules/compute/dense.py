@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol, vectors
+from tvmstruct.schedules.compute.layer_norm import RowNorm
 
 HEIGHT = "tvmstruct.height"  # annotation of every sblock: rows of its tile
 CHEAP = ("none", "relu")  # activations that want neither much code nor registers
@@ -36,16 +37,27 @@ ACTIVATIONS: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a tile of y before it leaves the cache: bias, activation, residual."""
+    """What happens to y before it leaves the cache.
+
+    To a tile of it bias, activation and residual; to a whole row layer normalisation, where
+    ``norm`` is its epsilon.
+    """
 
     bias: bool = False
     activation: str = "none"
     residual: bool = False
+    norm: float | None = None
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether it needs more of a row than the layer itself computes in a tile."""
+        return self.residual or self.norm is not None
 
     @property
     def words(self) -> str:
         """What there is of it, for the key of a record."""
         parts = {"bias": self.bias, self.activation: True, "residual": self.residual}
+        parts["norm"] = self.norm is not None
         return " ".join(sorted(name for name, there in parts.items() if there))
 
 
@@ -126,7 +138,9 @@ def packed_dense(
     epilogue: Epilogue,
     rows: int | None = None,
 ) -> tirx.PrimFunc:
-    """Return the definition; arguments x, w, [bias], [residual], y; ``rows=None`` is symbolic.
+    """Return the definition; ``rows=None`` is symbolic.
+
+    Arguments are x, w, [bias], [residual], [gamma, beta], y.
 
     The sblocks ``zero``, ``update`` and ``finish`` come once for each segment of rows, and once
     more for a ragged last panel, which computes a full tile and stores its first columns.
@@ -139,6 +153,7 @@ def packed_dense(
         w = argument("w", (i64(full + (ragged > 0)), i64(k), i64(width)))
         bias = argument("bias", (i64(n),)) if epilogue.bias else None
         residual = argument("residual", (m, i64(n))) if epilogue.residual else None
+        norm = RowNorm.declare(lanes, n, epilogue.norm)
         y = argument("y", (m, i64(n)))
 
         def finish(value, row, column):
@@ -158,6 +173,8 @@ def packed_dense(
                 apart = epilogue.activation not in CHEAP
                 panels = _Panels(nest, (x, w, y), sizes, finish, count, base, apart)
                 panels.emit(blocks, segments)
+        if norm is not None:
+            norm.emit(y, i64(0), m, parallel=nest.parallel)
 
     return prim_func(body)
 

@@ -7,16 +7,42 @@ loses nothing where the mean is far from zero. The row is in the first-level cac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules import vector_math
+from tvmstruct.schedules.builder import argument, i64, loops
 
 PARTIAL_SUMS = 4  # independent vector sums: an addition takes three to four cycles
 
 Term = Callable[[Expr | int, int], Expr]  # (first column, lanes) -> what is summed there
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """What other kernels do to rows of y that they have just finished, in place."""
+
+    lanes: int
+    n: int
+    epsilon: float
+    gamma: tirx.Buffer
+    beta: tirx.Buffer
+
+    @classmethod
+    def declare(cls, lanes: int, n: int, epsilon: float | None) -> RowNorm | None:
+        """Declare the arguments gamma and beta, or nothing where there is no ``epsilon``."""
+        if epsilon is None:
+            return None
+        return cls(lanes, n, epsilon, *(argument(name, (i64(n),)) for name in ("gamma", "beta")))
+
+    def emit(self, y: tirx.Buffer, first: Expr | int, count: Expr | int, *, parallel: bool) -> None:
+        """Emit the normalisation of ``count`` rows of y from ``first``."""
+        buffers = {"out": y, "gamma": self.gamma, "beta": self.beta}
+        with loops(count, kind=T.parallel if parallel else None) as (row,):
+            emit_row(self.lanes, self.n, self.epsilon, buffers, [y], first + row)
 
 
 def emit_row(

@@ -45,13 +45,13 @@ class X86Kernels:
     def feed_forward(
         self,
         sizes: tuple[int, int, int],
-        activation: str,
-        flags: tuple[bool, bool, bool],
+        up: Epilogue,
+        down: Epilogue,
         rows: int,
     ) -> Kernel:
-        """Return two dense layers in one; flags: first bias, second bias, residual."""
+        """Return two dense layers in one."""
         block = feed_forward.block_rows(rows, self.threads)
-        return feed_forward.feed_forward(self.isa, sizes, activation, flags, block)
+        return feed_forward.feed_forward(self.isa, sizes, up, down, block)
 
     def attention(self, node, rows: int) -> Kernel:
         """Return fused attention for an `Attention` node; rows are its output rows."""

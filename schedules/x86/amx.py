@@ -219,6 +219,7 @@ def _emit(problem: Problem, arithmetic: Bf16 | Int8) -> None:
         with loops(blocks * problem.panels, kind=kind) as (turn,):
             first, panel = problem.place(turn, blocks)
             _block(problem, arithmetic, finish, (first, T.min(m, first + size), panel), stride)
+        finish.rows(m)
 
 
 def _block(problem: Problem, arithmetic: Bf16 | Int8, finish: Finish, place, stride: int) -> None:

@@ -15,7 +15,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, row_segments, tile_heights
+from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, row_segments, tile_heights
+from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, VECTORS, panel_width
@@ -53,26 +54,25 @@ class Cut:
 def feed_forward(
     isa: Isa,
     sizes: tuple[int, int, int],
-    activation: str,
-    flags: tuple[bool, bool, bool],
+    up: Epilogue,
+    down: Epilogue,
     block: int,
 ) -> Kernel:
-    """Return the kernel: x, w1, [b1], w2, [b2], [residual], y; ``flags`` say which are there.
+    """Return the kernel: x, w1, [b1], w2, [b2], [residual], [gamma, beta], y.
 
-    ``sizes`` is (k, hidden, n).
+    ``sizes`` is (k, hidden, n); ``up`` and ``down`` say what follows the two products.
     """
-    key = (isa.name, *sizes, activation, flags, block)
+    key = (isa.name, *sizes, up, down, block)
     k, hidden, n = sizes
     default = Cut(None, block, _chunk(isa, hidden), HEIGHTS[isa.name])
 
     def build(cut: Cut) -> tirx.PrimFunc:
-        return replace_math(prim_func(lambda: _emit(isa, sizes, activation, flags, cut)))
+        return replace_math(prim_func(lambda: _emit(isa, sizes, (up, down), cut)))
 
     def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
         return build(_choose(isa, default, hidden, rows, pick))
 
-    words = [w for w, there in zip(("bias", "bias2", "residual"), flags, strict=True) if there]
-    space = Space(" ".join([f"{k} {hidden} {n}", activation, *words]), build_tuned)
+    space = Space(f"{k} {hidden} {n} {up.words} then {down.words}", build_tuned)
     work = hidden * (k + n)
     return make_kernel("feed_forward", key, lambda: build(default), work=work, space=space)
 
@@ -178,11 +178,14 @@ class _Block:
                 emit(segment.height, segment.start + t * segment.height)
 
 
-def _emit(isa: Isa, sizes, activation: str, flags, cut: Cut) -> None:
+def _emit(isa: Isa, sizes, epilogues: tuple[Epilogue, Epilogue], cut: Cut) -> None:
     k, hidden, n = sizes
     width, rows, block, chunk = panel_width(isa), cut.rows, cut.block, cut.chunk
     m = symbol("m") if rows is None else i64(rows)
-    buffers = _arguments(m, sizes, flags, width)
+    up, down = epilogues
+    buffers = _arguments(m, sizes, (up.bias, down.bias, down.residual), width)
+    norm = RowNorm.declare(isa.lanes, n, down.norm)
+    buffers["y"] = argument("y", (m, i64(n)))
     with loops((m + block - 1) // block, kind=T.parallel) as (b,):
         whole = rows is not None and rows % block == 0
         count = block if whole else T.min(i64(block), m - b * block)
@@ -191,10 +194,12 @@ def _emit(isa: Isa, sizes, activation: str, flags, cut: Cut) -> None:
         work.clear(n)
         with loops(hidden // chunk) as (c,):
             with loops(chunk // width) as (panel,):
-                work.up(k, c * (chunk // width) + panel, panel, activation)
+                work.up(k, c * (chunk // width) + panel, panel, up.activation)
             with loops(n // width) as (panel,):
                 work.down(panel, c * chunk)
         work.finish(n)
+        if norm is not None:
+            norm.emit(buffers["y"], b * block, count, parallel=False)
 
 
 def _arguments(m, sizes, flags, width: int) -> dict:
@@ -206,6 +211,5 @@ def _arguments(m, sizes, flags, width: int) -> dict:
         "w2": (i64(n // width), i64(hidden), i64(width)),
         "b2": (i64(n),) if flags[1] else None,
         "residual": (m, i64(n)) if flags[2] else None,
-        "y": (m, i64(n)),
     }
     return {name: argument(name, shape) for name, shape in shapes.items() if shape is not None}

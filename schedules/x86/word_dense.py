@@ -24,6 +24,7 @@ from tvmstruct.schedules.compute.dense import (
     row_segments,
     tile_heights,
 )
+from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.targets import Isa
@@ -138,7 +139,7 @@ def _block_rows(k: int) -> int:
 
 
 def word_dense(name: str, problem: Problem, make: Callable[[Problem], Arithmetic]) -> Kernel:
-    """Return the kernel ``name``: x, the weight's arguments, [bias], [residual], y."""
+    """Return the kernel ``name``: x, the weight's arguments, and those of `Finish`."""
 
     def build(problem: Problem) -> tirx.PrimFunc:
         return replace_math(prim_func(lambda: _emit(problem, make(problem))))
@@ -181,6 +182,7 @@ def _emit(problem: Problem, arithmetic: Arithmetic) -> None:
     with T.attr(T.int64(0), "pragma_import_llvm", arithmetic.llvm):
         arithmetic.prepare(x, m, problem.many)
         _panels(problem, arithmetic, m, finish)
+        finish.rows(m)
 
 
 def _panels(problem: Problem, arithmetic: Arithmetic, m, finish: Finish) -> None:
@@ -216,15 +218,22 @@ class Finish:
     problem: Problem
     bias: object
     residual: object
+    norm: RowNorm | None
     y: object
 
     @classmethod
     def declare(cls, problem: Problem, m) -> Finish:
-        """Declare the last arguments: [bias], [residual], y."""
+        """Declare the last arguments: [bias], [residual], [gamma, beta], y."""
         n, epilogue = i64(problem.n), problem.epilogue
         bias = argument("bias", (n,)) if epilogue.bias else None
         residual = argument("residual", (m, n)) if epilogue.residual else None
-        return cls(problem, bias, residual, argument("y", (m, n)))
+        norm = RowNorm.declare(problem.isa.lanes, problem.n, epilogue.norm)
+        return cls(problem, bias, residual, norm, argument("y", (m, n)))
+
+    def rows(self, m) -> None:
+        """Normalise all rows, once they are complete."""
+        if self.norm is not None:
+            self.norm.emit(self.y, i64(0), m, parallel=self.problem.parallel)
 
     def whole(self, tile: Tile, sums: list[list]) -> None:
         """Store all columns: from registers, or through the stack where the code is long."""

@@ -224,6 +224,58 @@ def test_layer_norm_over_the_last_axis(shape, options):
     np.testing.assert_allclose(tvmstruct.compile(mod)(x), want, **tolerance("float32", 24))
 
 
+def after_dense(emit, x, residual, *, read_twice=False):
+    y = emit(R.add(emit(R.matmul(x, const(PLAIN))), residual))
+    gamma, beta = const(np.linspace(0.5, 1.5, 64)), const(np.linspace(-1, 1, 64))
+    normed = R.nn.layer_norm(y, gamma, beta, [-1], epsilon=1e-3)
+    return (normed, R.negative(y)) if read_twice else normed
+
+
+def after_dense_nodes(body, *shapes):
+    mod, table, _ = dense(module(body, *shapes))
+    mod, _ = transform(mod, FuseLayerNorm(table))
+    return nodes(mod, table)
+
+
+def last_calls(model):
+    """Return the nodes and shapes of the kernel calls of a model's last bucket."""
+    return next(reversed(model.buckets.values())).lowered.calls
+
+
+AFTER = ((2, 5, 48), (2, 5, 64))
+
+
+def test_the_layer_before_a_layer_norm_computes_it():
+    (node,) = after_dense_nodes(after_dense, *AFTER)
+    assert (node.residual, node.norm) == (True, pytest.approx(1e-3))
+    model = check_compiled(module(after_dense, *AFTER))
+    assert [call.node.norm for call in last_calls(model)] == [node.norm]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-weights"])
+def test_a_layer_norm_after_a_layer_of_low_precision(precision):
+    mod = module(after_dense, *AFTER)
+    exact, rounded = (tvmstruct.compile(mod, precision=p) for p in ("f32", precision))
+    x, residual = (models.rng(i).normal(size=s).astype(np.float32) for i, s in enumerate(AFTER))
+    np.testing.assert_allclose(rounded(x, residual), exact(x, residual), atol=0.03)
+
+
+def test_a_layer_norm_in_a_structured_layer():
+    plan = LayerPlan("low_rank", {"r": 5})
+    body = module(after_dense, *AFTER)
+    (name,) = [record.name for record in tvmstruct.compile(body).report().layers]
+    model = tvmstruct.compile(body, plan=Plan({name: plan}))
+    (call,) = last_calls(model)
+    assert (call.node.norm, len(call.shapes)) == (pytest.approx(1e-3), 1 + 2 + 1 + 2 + 1)
+
+
+def test_what_something_else_reads_is_normalised_apart():
+    both = lambda emit, x, residual: after_dense(emit, x, residual, read_twice=True)  # noqa: E731
+    layer, norm = after_dense_nodes(both, *AFTER)
+    assert (layer.norm, norm) == (None, LayerNorm(64, pytest.approx(1e-3)))
+    check_compiled(module(both, *AFTER))
+
+
 def test_layer_norm_over_two_axes_is_refused():
     mod = module(layer_norm(axes=(-2, -1)), (2, 5, 24))
     found, log = norms(mod)

@@ -29,7 +29,7 @@ from tvmstruct.testing import tolerance
 AVX512 = ISAS[0]
 SAPPHIRE_RAPIDS = resolve("llvm -mcpu=sapphirerapids")
 SIZES = [(32, 32, 32), (33, 7, 33), (100, 130, 45), (9, 64, 64), (260, 40, 1100)]  # rows, n, k
-EPILOGUE = Epilogue(True, "gelu", True)
+EPILOGUE = Epilogue(True, "gelu", True, norm=1e-3)
 
 
 class EmulatedTiles:

@@ -18,6 +18,7 @@ EPILOGUES = [
     *(Epilogue(True, name, False) for name in ACTIVATIONS),
     Epilogue(False, "none", True),
     Epilogue(True, "gelu", True),
+    Epilogue(True, "none", True, norm=1e-3),
 ]
 KERNELS = [
     pytest.param("bf16", "avx512", id="dot", marks=pytest.mark.isa("avx512bf16")),

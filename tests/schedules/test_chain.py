@@ -12,7 +12,7 @@ import tvm
 from tvm.script.ir_builder import tirx as T
 
 from tests.catalogue import EXPRESSIONS, NODES, RAGGED, normal
-from tests.kernels import build, call, every_isa, finish
+from tests.kernels import build, call, every_isa, extras, finish
 from tvmstruct import families, ops
 from tvmstruct.schedules.builder import argument, prim_func
 from tvmstruct.schedules.compute.chain import Tile, emit_tile, touch_tile
@@ -28,7 +28,7 @@ ROWS = (1, 3, 8, 17)
 PARALLEL = 1 << 30  # multiply-adds that make the kernel choose its parallel form
 FLAGS = ((True, False), (False, True), (True, True))  # bias, residual
 EPILOGUES = [
-    Epilogue(FLAGS[i % 3][0], activation, FLAGS[i % 3][1])
+    Epilogue(FLAGS[i % 3][0], activation, FLAGS[i % 3][1], norm=None if i else 1e-3)
     for i, activation in enumerate(ACTIVATIONS)
 ]
 FAMILIES = list({case.family: str(case) for case in RAGGED}.values())
@@ -67,7 +67,7 @@ def compare(function, op, program, rows: int, rng, epilogue=PLAIN) -> None:
     """Hold a compiled kernel to ``op.apply``, in bf16 to the operator with rounded weights."""
     x = rng.normal(size=(rows, op.n_in)).astype(np.float32)
     bias, residual = rng.normal(size=op.n_out), rng.normal(size=(rows, op.n_out))
-    more = [bias] * epilogue.bias + [residual] * epilogue.residual
+    more = extras(epilogue, bias, residual)
     weights = [stored(program, i) for i in range(len(program.weights))]
     if program.pairs:
         op = ops.map_arrays(op, lambda w: w if w.ndim == 1 else round_bf16(w).astype(np.float32))
