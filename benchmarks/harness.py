@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from claims import Line, RateOf, Result, plain
 from peers import Worker, environment
 from rich.progress import track
 from roofline import Roof
+
+PAUSE = 0.3  # seconds: threads of the contender before may still spin for more work
 
 
 def main(lines: Sequence[Line], title: str) -> None:
@@ -107,6 +110,7 @@ def _time_in_turns(
         for name in line.runners:
             if name not in result.failures:
                 try:
+                    time.sleep(PAUSE)
                     times[name].extend(workers[name].time(seconds))
                 except RuntimeError as error:
                     result.failures[name] = str(error)
