@@ -21,6 +21,7 @@ from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, 
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 
 HEIGHT = "tvmstruct.height"  # annotation of every sblock: rows of its tile
+AHEAD = "tvmstruct.ahead"  # of some: the part of the next panel to fetch
 CHEAP = ("none", "relu")  # activations that want neither much code nor registers
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -76,15 +77,20 @@ class Nest:
     block: int = 0
     depth: int = 0
     blocks_first: bool = False
+    ahead: int = 0  # tiles of a panel that each fetch a part of the next one
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``[start, start + count * height)`` as ``count`` tiles of ``height`` rows."""
+    """Rows ``[start, start + count * height)`` as ``count`` tiles of ``height`` rows.
+
+    ``ahead`` says which part of the next panel its tiles may fetch meanwhile, if any.
+    """
 
     height: int
     start: object
     count: object
+    ahead: int | None = None
 
 
 def row_segments(m, heights: tuple[int, ...]) -> list[Segment]:
@@ -117,6 +123,18 @@ def tile_heights(height: int, m: int | None) -> tuple[int, ...]:
     while heights[-1] > 1:
         heights.append(max(d for d in range(1, heights[-1]) if heights[-1] % d == 0))
     return tuple(heights)
+
+
+def _ahead(segment: Segment, parts: int) -> Iterator[Segment]:
+    """Set the first tiles of a segment apart, each with a part of the next panel to fetch."""
+    start, count, height = segment.start, segment.count, segment.height
+    if isinstance(count, tirx.IntImm):
+        parts = min(parts, int(count) - 1)  # loops of no turn would keep tensorize from matching
+    for part in range(parts):
+        one = T.min(T.max(count - part, T.int64(0)), T.int64(1))
+        yield Segment(height, start + part * height, one, part)
+    rest = T.max(count - parts, T.int64(0)) if parts else count
+    yield Segment(height, start + parts * height, rest)
 
 
 def pack(w: np.ndarray, width: int) -> np.ndarray:
@@ -165,6 +183,7 @@ def packed_dense(
         together = m if rows is None else rows
         blocks = rows // nest.block if rows and nest.block else 1
         segments = row_segments(nest.block if blocks > 1 else together, nest.heights)
+        segments = [*_ahead(segments[0], nest.ahead), *segments[1:]]
         for count, columns, base in ((full, width, 0), (int(ragged > 0), ragged, full)):
             if count:
                 sizes = (k, width, columns, lanes)
@@ -293,7 +312,10 @@ class _Tile:
     def _place(self, name: str, extent: int, j, i: list, reduce: Sequence[tuple] = ()):
         """Open an sblock and yield where it is: index of the sum, row, panel, column, reduction."""
         axes = [*self.outer, (extent, j), *zip(self.rows, i, strict=True)]
-        with block(name, axes, reduce, height=self.segment.height) as (vp, vt, *rest):
+        notes = {"height": self.segment.height}
+        if self.segment.ahead is not None:
+            notes["ahead"] = self.segment.ahead
+        with block(name, axes, reduce, **notes) as (vp, vt, *rest):
             row = self.segment.start + vt * self.segment.height
             vb = rest.pop(0) if len(self.outer) > 2 else None
             vj, *rest = rest

@@ -18,14 +18,24 @@ from tvmstruct.targets import Isa
 
 
 @cache
-def fma_tile(isa: Isa, height: int, vectors: int, depth: int, unroll: int = 1) -> str:
+def fma_tile(
+    isa: Isa,
+    height: int,
+    vectors: int,
+    depth: int,
+    unroll: int = 1,
+    ahead: tuple[int, int] | None = None,
+) -> str:
     """Register ``c[height, vectors * lanes] += a[height, depth] @ b`` and return its name.
 
-    ``unroll`` steps of the depth, a divisor of it, are one turn of the loop.
+    ``unroll`` steps of the depth, a divisor of it, are one turn of the loop. Each step fetches
+    the cache line that lies ``ahead`` (rows, columns) of its row of b: nothing else touches
+    memory while a tile that is not the first of its panel finds b in cache.
     """
     name = f"tvmstruct.fma_tile.{isa.name}.{height}x{vectors}x{depth}x{unroll}"
+    name += f".{ahead[0]}.{ahead[1]}" if ahead else ""
     describe = _tile_description(height, vectors * isa.lanes, depth)
-    implement = _tile_implementation(isa, height, vectors, (depth, unroll))
+    implement = _tile_implementation(isa, height, vectors, (depth, unroll), ahead)
     TensorIntrin.register(name, describe, implement, override=True)
     return name
 
@@ -50,7 +60,7 @@ def _tile_description(height: int, width: int, depth: int) -> tirx.PrimFunc:
 
 
 def _tile_implementation(
-    isa: Isa, height: int, vectors: int, steps: tuple[int, int]
+    isa: Isa, height: int, vectors: int, steps: tuple[int, int], ahead: tuple[int, int] | None
 ) -> tirx.PrimFunc:
     lanes, width, (depth, unroll) = isa.lanes, vectors * isa.lanes, steps
 
@@ -63,10 +73,13 @@ def _tile_implementation(
             return (row, T.ramp(i64(column * lanes), 1, lanes))
 
         def step(turn, add) -> None:
-            for u, row, column in product(range(unroll), range(height), range(vectors)):
+            for u in range(unroll):
                 p = turn * unroll + u if unroll > 1 else turn
-                right = b[p, T.ramp(i64(column * lanes), 1, lanes)]
-                add(row, column, T.broadcast(a[row, p], lanes), right)
+                if ahead is not None:
+                    _fetch(b[p + ahead[0], ahead[1]])
+                for row, column in product(range(height), range(vectors)):
+                    right = b[p, T.ramp(i64(column * lanes), 1, lanes)]
+                    add(row, column, T.broadcast(a[row, p], lanes), right)
 
         with T.sblock("root"):
             T.reads(c[0:height, 0:width], a[0:height, 0:depth], b[0:depth, 0:width])
@@ -81,6 +94,12 @@ def _tile_implementation(
                 T.buffer_store(c, total, list(place(row, column)))
 
     return prim_func(body)
+
+
+def _fetch(element) -> None:
+    """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op."""
+    hints = (T.int32(value) for value in (0, 2, 1))  # to read, second level, data
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *hints))
 
 
 @cache

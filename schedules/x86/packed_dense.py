@@ -12,6 +12,7 @@ from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.intrinsics import fma_tile
 from tvmstruct.targets import Isa
 
+LINE = 16  # elements of a cache line
 VECTORS = 2  # columns of a register tile, in vectors
 HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (4, 2, 1), "sse": (4, 2, 1)}
 MAX_DEPTH = 256  # products in one running sum: more loses digits, fewer costs stores
@@ -32,7 +33,9 @@ def packed_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Ker
     key = (isa.name, n, k, epilogue, single, parallel)
 
     def build() -> tirx.PrimFunc:
-        nest = Nest((1,) if single else HEIGHTS[isa.name], parallel)
+        nest = Nest((1,), parallel)
+        if not single:
+            nest = Nest(HEIGHTS[isa.name], parallel, ahead=panel_width(isa) // LINE)
         return _build(isa, (n, k), epilogue, nest, 1 if single else None, pick_default)
 
     def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
@@ -62,7 +65,9 @@ def choose_nest(isa: Isa, sizes: tuple[int, int, int], pick: Pick) -> Nest:
     blocks_first = pick("blocks_first", (0, 1) if block < rows else (0,), 0)
     small = rows * n * k <= MAYBE_SERIAL * SERIAL_MACS
     parallel = pick("parallel", (0, 1) if small else (1,), int(rows * n * k > SERIAL_MACS))
-    return Nest(tile_heights(height, block), bool(parallel), block, depth, bool(blocks_first))
+    ahead = panel_width(isa) // LINE if block == rows else 0
+    heights = tile_heights(height, block)
+    return Nest(heights, bool(parallel), block, depth, bool(blocks_first), ahead)
 
 
 def schedule_packed_dense(sch: Schedule, isa: Isa, pick: Pick = pick_default) -> None:
@@ -88,7 +93,10 @@ def _tensorize(sch: Schedule, isa: Isa, block, step: int, unroll: int) -> None:
     if step < int(sch.get(depth).extent):  # a split of extent one would keep it from matching
         chunk, depth = sch.split(depth, [None, step])
         sch.reorder(chunk, *tile, depth)
-    sch.tensorize(tile[0], fma_tile(isa, height, VECTORS, step, unroll))
+    ahead = None
+    if (part := sch.get(block).annotations.get(dense.AHEAD)) is not None:
+        ahead = (int(sch.get(block).iter_vars[-1].dom.extent), int(part) * LINE)
+    sch.tensorize(tile[0], fma_tile(isa, height, VECTORS, step, unroll, ahead))
 
 
 def _vectorize(sch: Schedule, isa: Isa, block) -> None:

@@ -104,9 +104,9 @@ def test_segments_cover_every_row_once(m):
 
 @every_isa
 @pytest.mark.parametrize("height", [1, 2, 4])
-@pytest.mark.parametrize("depth", [2, 12, 33])
-def test_the_intrinsic_does_what_its_description_says(isa, height, depth, rng):
-    name = fma_tile(isa, height, 2, depth)
+@pytest.mark.parametrize(("depth", "ahead"), [(2, None), (12, (12, 16)), (33, None)])
+def test_the_intrinsic_does_what_its_description_says(isa, height, depth, ahead, rng):
+    name = fma_tile(isa, height, 2, depth, ahead=ahead)
     described = _tile_description(height, 2 * isa.lanes, depth)
     schedule = tvm.s_tir.Schedule(described)
     schedule.tensorize(schedule.get_loops(schedule.get_sblock("update"))[0], name)
@@ -137,6 +137,14 @@ def test_golden(name, golden):
     isa, n, k, epilogue, rows = GOLDENS[name]
     func = X86Kernels(ISAS[isa]).packed_dense(n, k, epilogue, rows).func
     golden(name, func.with_attr("global_symbol", "packed_dense").script())
+
+
+def test_the_first_tiles_fetch_the_next_panel():
+    kernel = X86Kernels(ISAS[0]).packed_dense(128, 256, Epilogue(), 64)
+    assembly = build(ISAS[0], {"k": kernel.func}).inspect_source("asm")
+    assert "prefetcht1" in assembly
+    single = X86Kernels(ISAS[0]).packed_dense(128, 256, Epilogue(), 1)
+    assert "prefetch" not in build(ISAS[0], {"k": single.func}).inspect_source("asm")
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
