@@ -1,31 +1,30 @@
 """What a structured operator computes, independent of any target: the stages of a `Program`.
 
 Rows go through all stages block by block, so that features between two factors stay in cache. A
-matrix product is made of tiles, each an sblock ``product`` that a target tensorises: `Tile` says
-what such a block computes, and `emit_tile` writes it, here for the kernel and once more as the
-description of the intrinsic. Permutations are strides of a tile. Everything else (copies,
-transposes, butterflies, the epilogue) is loops over whole vectors.
+matrix product is made of tiles (see ``product_tile.py``), each an sblock ``product`` that a target
+tensorises; everything else is loops over whole vectors (``row_steps.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, Segment, row_segments
+from tvmstruct.schedules.compute.dense import Epilogue, Segment, row_segments
 from tvmstruct.schedules.compute.layer_norm import RowNorm
-from tvmstruct.stages import Copy, Dim, Hadamard, MatMul, Program, Stage, X, Y, Zero, separable
+from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
+from tvmstruct.schedules.compute.row_steps import Rows, RowSteps, Scratch
+from tvmstruct.stages import MatMul, Program, Stage, X, Y, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
 GAP = 16  # features between two rows of scratch: rows a power of two apart share cache sets
 BUSY = 8  # independent sums that hide the latency of an addition
-HIGH = -65536  # 0xffff0000: the upper half of a word
 
 
 @dataclass(frozen=True)
@@ -46,134 +45,7 @@ class RowNest:
     depth: int = 256
 
 
-@dataclass(frozen=True)
-class Tile:
-    """``c[row, g, q] (+)= sum_p a[row, g, p] * b[g, p, q]`` for a few rows, groups and outputs.
-
-    Strides are those of the flat index of a feature. A row of ``a`` or ``c`` is an axis of its
-    own where ``a_row`` or ``c_row`` is None, else that many elements away. ``columns`` are single
-    outputs; vectors run along the groups where ``over_groups``, else along the columns. A word of
-    ``b`` holds bfloat16 for two neighbouring vectors where ``paired``.
-    """
-
-    rows: int
-    groups: int
-    depth: tuple[Dim, ...]  # of a
-    columns: int
-    lanes: int
-    over_groups: bool
-    a_row: int | None
-    a_group: int
-    b_group: int
-    b_column: int
-    b_depth: tuple[int, ...]  # strides in b of the dimensions of depth
-    c_row: int | None
-    c_group: int
-    c_column: int
-    paired: bool
-    clear: bool  # whether c starts from zero
-
-    @property
-    def span(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the regions of a, b and c that hold all elements."""
-        a = (self.groups - 1) * self.a_group + sum((e - 1) * s for e, s in self.depth) + 1
-        c = (self.groups - 1) * self.c_group + (self.columns - 1) * self.c_column + 1
-        b = sum((e - 1) * s for (e, _), s in zip(self.depth, self.b_depth, strict=True))
-        words = self.columns // 2 if self.paired else self.columns
-        b += (self.groups - 1) * self.b_group + (words - 1) * self.b_column + 1
-        return self._rows(a, self.a_row), (b,), self._rows(c, self.c_row)
-
-    def _rows(self, span: int, stride: int | None) -> tuple[int, ...]:
-        return (self.rows, span) if stride is None else ((self.rows - 1) * stride + span,)
-
-    def a(self, row, group, at: list) -> tuple:
-        """Return where an element of ``a`` lies, from its start."""
-        index = group * self.a_group
-        for i, (_, stride) in zip(at, self.depth, strict=True):
-            index = index + i * stride
-        return _row_place(row, index, self.a_row)
-
-    def b(self, group, at: list, column) -> tuple:
-        """Return where an element (or word) of ``b`` lies; columns of words count words."""
-        index = group * self.b_group + column * self.b_column
-        for i, stride in zip(at, self.b_depth, strict=True):
-            index = index + i * stride
-        return (index,)
-
-    def c(self, row, group, column) -> tuple:
-        """Return where an element of ``c`` lies."""
-        return _row_place(row, group * self.c_group + column * self.c_column, self.c_row)
-
-
-def _row_place(row, index, stride: int | None) -> tuple:
-    return (row, index) if stride is None else (row * stride + index,)
-
-
 Part = tuple[str, object, int]  # an axis of tiles, which part of it, of how many
-Start = tuple  # an index of a buffer, onto which the places of a tile are added
-
-
-def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
-    """Emit the sblocks of a tile on buffers a, b, c from ``starts``.
-
-    Axes of extent one would be simplified away while scheduling, so they are left out.
-    """
-    (a, b, c), (a0, b0, c0) = buffers, starts
-
-    def place(start: Start, index: tuple) -> list:
-        return [s + i for s, i in zip(start, index, strict=True)]
-
-    outer = {"row": tile.rows, "group": tile.groups, "column": tile.columns}
-    if tile.clear:
-        with _axes("zero", outer) as at:
-            T.buffer_store(c, T.float32(0), place(c0, tile.c(at["row"], at["group"], at["column"])))
-    if tile.paired:  # words of vector pairs; no division of one axis, which would not match
-        width = 1 if tile.over_groups else tile.lanes
-        outer["column"] = tile.columns // (2 * width)
-        outer["lane"] = width
-    reduce = {f"depth{i}": extent for i, (extent, _) in enumerate(tile.depth)}
-    with _axes("update", outer, reduce) as at:
-        row, group, depth = at["row"], at["group"], [at[name] for name in reduce]
-        word, columns = at["column"], [at["column"]]
-        if tile.paired:
-            word = word * width + at["lane"]
-            columns = [at["column"] * (2 * width) + half * width + at["lane"] for half in (0, 1)]
-        left = a[tuple(place(a0, tile.a(row, group, depth)))]
-        right = b[tuple(place(b0, tile.b(group, depth, word)))]
-        for half, column in enumerate(columns):
-            weight = widen(right, half, 1) if tile.paired else right
-            to = place(c0, tile.c(row, group, column))
-            T.buffer_store(c, c[tuple(to)] + left * weight, to)
-
-
-def touch_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
-    """State what the sblock around a tile reads and writes."""
-    a, b, c = (
-        buffer[tuple(slice(s, s + extent) for s, extent in zip(start, shape, strict=True))]
-        for buffer, start, shape in zip(buffers, starts, tile.span, strict=True)
-    )
-    T.reads(*([a, b] if tile.clear else [c, a, b]))
-    T.writes(c)
-
-
-def widen(words, half: int, lanes: int):
-    """Return one bfloat16 of each word of a vector as float32: exact, by a shift or a mask."""
-    splat = (lambda v: T.int32(v)) if lanes == 1 else (lambda v: T.broadcast(T.int32(v), lanes))
-    bits = words & splat(HIGH) if half else words << splat(16)
-    return T.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", bits)
-
-
-@contextmanager
-def _axes(name: str, spatial: dict[str, int], reduce: dict[str, int] | None = None):
-    """Open loops and an sblock over all axes of more than one step; yield them by name."""
-    real = {n: e for n, e in spatial.items() if e > 1}
-    inner = {n: e for n, e in (reduce or {}).items() if e > 1}
-    with loops(*real.values(), *inner.values()) as variables:
-        outer = list(zip(real.values(), variables, strict=False))
-        rest = list(zip(inner.values(), variables[len(real) :], strict=True))
-        with block(name, outer, rest) as found:
-            at = dict.fromkeys([*spatial, *(reduce or {})], i64(0))
-            yield at | dict(zip([*real, *inner], found, strict=True))
 
 
 def chain(
@@ -211,7 +83,6 @@ class _Kernel:
     epilogue: Epilogue
     lanes: int
     tiles: dict[Tile, int]
-    arguments: dict = field(default_factory=dict)
 
     def declare(self, m) -> None:
         sizes, weights = self.program.sizes, self.program.weights
@@ -234,14 +105,14 @@ class _Kernel:
         """Emit all stages for the row blocks of a segment, each an sblock of its own."""
         count, height = segment.count, segment.height
         scratch = [
-            _Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
+            Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
             if size
             else None
             for size in self.program.sizes[Y + 1 :]
         ]
 
         def rows(first) -> _Block:
-            buffers = [_Rows(self.x, first), _Rows(self.y, first), *scratch]
+            buffers = [Rows(self.x, first), Rows(self.y, first), *scratch]
             return _Block(self, first, height, buffers)
 
         if isinstance(count, tirx.IntImm) and int(count) == 1:
@@ -277,29 +148,6 @@ class _Kernel:
         work.finish()
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of an argument from ``first``."""
-
-    buffer: object
-    first: object
-    stride: int | None = None
-
-    def at(self, row, index) -> tuple:
-        return (self.first + row, index)
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Rows of scratch, flat: TVM would compact the gap between rows of a second axis away."""
-
-    buffer: object
-    stride: int
-
-    def at(self, row, index) -> tuple:
-        return (row * self.stride + index,)
-
-
 @dataclass
 class _Block:
     """Code of the stages for ``height`` rows from ``first``."""
@@ -310,14 +158,25 @@ class _Block:
     buffers: list
 
     def emit(self, stage: Stage) -> None:
+        """Emit one stage."""
         if isinstance(stage, MatMul):
             self._multiply(stage)
-        elif isinstance(stage, Copy):
-            self._copy(stage)
-        elif isinstance(stage, Zero):
-            self._zero(stage)
         else:
-            self._hadamard(stage)
+            self._steps.emit(stage)
+
+    def finish(self) -> None:
+        """Apply the epilogue while the rows are still in cache."""
+        kernel, epilogue = self.kernel, self.kernel.epilogue
+        if replace(epilogue, norm=None) != Epilogue():
+            residual = None if kernel.residual is None else Rows(kernel.residual, self.first)
+            n = kernel.program.sizes[Y]
+            self._steps.finish(n, epilogue.activation, kernel.bias, residual)
+        if kernel.norm is not None:
+            kernel.norm.emit(kernel.y, self.first, self.height, parallel=False)
+
+    @property
+    def _steps(self) -> RowSteps:
+        return RowSteps(self.kernel.lanes, self.height, self.buffers, self.kernel.weights)
 
     def _shared(self, macs: int) -> bool:
         """Return whether threads share so many multiply-adds for each row of the block.
@@ -469,184 +328,7 @@ class _Block:
         T.sblock_attr({TILE: number})
         emit_tile(tile, buffers, starts)
 
-    def load(self, buffer: int, row, index, lanes: int = 1):
-        held = self.buffers[buffer]
-        return held.buffer[_vector(held.at(row, index), lanes)]
-
-    def save(self, buffer: int, row, index, value, lanes: int = 1) -> None:
-        held = self.buffers[buffer]
-        T.buffer_store(held.buffer, value, list(_vector(held.at(row, index), lanes)))
-
-    def _copy(self, s: Copy) -> None:
-        square = _square(s, self.kernel.lanes)
-        if square is not None:
-            self._transpose(s, *square)
-            return
-        *outer, (extent, stride) = s.dims or ((1, 1),)
-        runs = self._runs(extent) if stride == 1 else [(0, extent, 1)]
-        for start, count, lanes in runs:
-            with loops(self.height, *(e for e, _ in outer), count) as (row, *at, last):
-                src, place = _walk(outer, at, s.src_offset)
-                last = start + last * lanes
-                self._move(s, row, src + last * stride, place * extent + last, lanes)
-
-    def _move(self, s: Copy, row, src, place, lanes: int) -> None:
-        value = self.load(s.src, row, src, lanes)
-        if s.weight is not None:
-            value = value * self.kernel.weights[s.weight][_vector((place,), lanes)]
-        if s.accumulate:
-            value = value + self.load(s.dst, row, s.dst_offset + place, lanes)
-        self.save(s.dst, row, s.dst_offset + place, value, lanes)
-
-    def _transpose(self, s: Copy, side: int, lanes: int) -> None:
-        """Copy ``[..., q, g]`` from where q lies in runs: squares turned inside registers."""
-        *outer, (q, _), (g, stride) = s.dims
-        whole, rest = divmod(q, lanes)
-        with loops(self.height, *(e for e, _ in outer), g // side) as (row, *at, band):
-            src, place = _walk(outer, at, s.src_offset)
-            src, place = src + band * (side * stride), place * (q * g) + band * side
-
-            def turn(first) -> None:
-                """Turn ``side`` vectors of ``lanes`` consecutive q into runs of g."""
-                rows = [self.load(s.src, row, src + i * stride + first, lanes) for i in range(side)]
-                step = lanes if side == g else g
-                for i, value in enumerate(transposed(rows, lanes)):
-                    to = s.dst_offset + place + first * g + i * step
-                    self.save(s.dst, row, to, value, lanes)
-
-            with loops(whole) as (chunk,):
-                turn(chunk * lanes)
-            if rest:  # the last square overlaps the one before it
-                turn(i64(q - lanes))
-
-    def _zero(self, s: Zero) -> None:
-        for start, count, lanes in self._runs(s.stop - s.start):
-            with loops(self.height, count) as (row, i):
-                zero = _splat(0.0, lanes)
-                self.save(s.dst, row, s.start + start + i * lanes, zero, lanes)
-
-    def _hadamard(self, s: Hadamard) -> None:
-        half = 1
-        while half < s.n:
-            self._butterflies(s, half)
-            half *= 2
-        if s.scale != 1.0 or s.n == 1:
-            for start, count, lanes in self._runs(s.n * s.blocks):
-                with loops(self.height, count) as (row, i):
-                    at = start + i * lanes
-                    value = self.load(s.dst, row, at, lanes) * _splat(s.scale, lanes)
-                    self.save(s.dst, row, at, value, lanes)
-
-    def _butterflies(self, s: Hadamard, half: int) -> None:
-        lanes = next(v for v in (self.kernel.lanes, 8, 4, 2, 1) if half % v == 0)
-        pairs, steps = s.n * s.blocks // (2 * half), half // lanes
-        with loops(self.height, pairs, steps) as (row, pair, i):
-            low = pair * (2 * half) + i * lanes
-            both = T.alloc_buffer((2 * lanes,), "float32", scope="global")
-            for part in (0, 1):
-                value = self.load(s.dst, row, low + part * half, lanes)
-                T.buffer_store(both, value, list(_vector((part * lanes,), lanes)))
-            a, b = (both[_vector((part * lanes,), lanes)] for part in (0, 1))
-            self.save(s.dst, row, low, a + b, lanes)
-            self.save(s.dst, row, low + half, a - b, lanes)
-
-    def finish(self) -> None:
-        """Apply the epilogue while the rows are still in cache."""
-        kernel, epilogue = self.kernel, self.kernel.epilogue
-        if replace(epilogue, norm=None) != Epilogue():
-            self._finish()
-        if kernel.norm is not None:
-            kernel.norm.emit(kernel.y, self.first, self.height, parallel=False)
-
-    def _finish(self) -> None:
-        """Apply bias, activation and residual."""
-        kernel, epilogue = self.kernel, self.kernel.epilogue
-        for start, count, lanes in self._runs(kernel.program.sizes[Y]):
-            with loops(self.height, count) as (row, i):
-                at = start + i * lanes
-                value = self.load(Y, row, at, lanes)
-                if kernel.bias is not None:
-                    value = value + kernel.bias[_vector((at,), lanes)]
-                value = ACTIVATIONS[epilogue.activation](value)
-                if kernel.residual is not None:
-                    value = value + kernel.residual[_vector((self.first + row, at), lanes)]
-                self.save(Y, row, at, value, lanes)
-
-    def _runs(self, n: int) -> list[tuple[int, int, int]]:
-        """Cut n features into (start, vectors, lanes) runs with ever fewer lanes."""
-        start, runs = 0, []
-        for lanes in (self.kernel.lanes, 4, 1):
-            count = (n - start) // lanes
-            if count:
-                runs.append((start, count, lanes))
-                start += count * lanes
-        return runs
-
-
-def _walk(dims: list[Dim], at: list, offset: int) -> tuple:
-    """Return where a step of a nest reads, and how many steps came before it."""
-    src, place = i64(offset), i64(0)
-    for i, (extent, stride) in zip(at, dims, strict=True):
-        src, place = src + i * stride, place * extent + i
-    return src, place
-
-
-def _square(s: Copy, most: int) -> tuple[int, int] | None:
-    """Return the vectors and their lanes of the squares that turn ``[..., q, g]``, if it is one."""
-    if len(s.dims) < 2 or s.weight is not None or s.accumulate:
-        return None
-    (q, along), (g, stride) = s.dims[-2:]
-    if along != 1 or stride == 1:
-        return None
-    for lanes in (v for v in (16, 8, 4) if v <= min(most, q)):
-        side = next(v for v in (lanes, 8, 4, 2, 1) if v <= lanes and g % v == 0)
-        if side > 1 and side in (g, lanes):
-            return side, lanes
-    return None
-
-
-def transposed(rows: list, lanes: int) -> list:
-    """Return the elements of ``rows``, vectors of ``lanes``, column after column.
-
-    Riffling the first half of the vectors into the second, once for each power of two in their
-    number, is a transposition: two shuffles of a pair of vectors per pair and round.
-    """
-    side, take = len(rows), range(lanes)
-    low = [tirx.const(i // 2 + lanes * (i % 2), "int32") for i in take]
-    high = [tirx.const((lanes + i) // 2 + lanes * (i % 2), "int32") for i in take]
-    count = side
-    while count > 1:
-        kept = [_keep(row, lanes) for row in rows]
-        pairs = [(kept[i], kept[i + side // 2]) for i in range(side // 2)]
-        rows = [
-            tirx.Shuffle([_kept(a, lanes), _kept(b, lanes)], order)
-            for a, b in pairs
-            for order in (low, high)
-        ]
-        count //= 2
-    return rows
-
-
-def _keep(value, lanes: int):
-    """Hold a vector in a buffer of its own, so that two uses of it compute it once."""
-    held = T.alloc_buffer((lanes,), "float32", scope="global")
-    T.buffer_store(held, value, [T.ramp(0, 1, lanes)])
-    return held
-
-
-def _kept(held, lanes: int):
-    return held[T.ramp(0, 1, lanes)]
-
 
 def _divisor(of: int, most: int) -> int:
     """Return the largest divisor up to ``most``."""
     return next(d for d in range(min(of, most), 0, -1) if of % d == 0)
-
-
-def _vector(index: tuple, lanes: int) -> tuple:
-    """Turn the last index into a vector of consecutive indices."""
-    return index if lanes == 1 else (*index[:-1], T.ramp(index[-1], 1, lanes))
-
-
-def _splat(value: float, lanes: int):
-    return T.float32(value) if lanes == 1 else T.broadcast(T.float32(value), lanes)

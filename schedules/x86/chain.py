@@ -15,6 +15,7 @@ from tvm.s_tir import Schedule
 from tvmstruct.schedules.compute import chain as compute
 from tvmstruct.schedules.compute.chain import RowNest
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.intrinsics import product_tile
@@ -56,7 +57,7 @@ def _build(isa: Isa, program: Program, epilogue: Epilogue, nest: RowNest, rows: 
     return replace_math(schedule.mod["main"])
 
 
-def schedule_chain(sch: Schedule, isa: Isa, tiles: list[compute.Tile]) -> None:
+def schedule_chain(sch: Schedule, isa: Isa, tiles: list[Tile]) -> None:
     """Tensorise every product."""
     pending = [sch.get_sblock("root")]
     while pending:

@@ -12,7 +12,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.chain import Tile, emit_tile, touch_tile, widen
+from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile, widen
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.targets import Isa
 

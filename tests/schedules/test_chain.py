@@ -15,9 +15,9 @@ from tests.catalogue import EXPRESSIONS, NODES, RAGGED, normal
 from tests.kernels import build, call, every_isa, extras, finish
 from tvmstruct import families, ops
 from tvmstruct.schedules.builder import argument, prim_func
-from tvmstruct.schedules.compute.chain import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.compute.low_precision import pair_vectors, round_bf16
+from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.schedules.x86.intrinsics import product_tile
 from tvmstruct.stages import lower

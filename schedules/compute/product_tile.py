@@ -1,0 +1,147 @@
+"""A tile of a grouped product: what a tensorised block of a structured operator computes.
+
+`emit_tile` writes it as plain loops, once in the definition of a kernel and once more as the
+description of a target's intrinsic, so that the two match by construction. Permutations around a
+product are strides of its tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.schedules.builder import block, i64, loops
+from tvmstruct.stages import Dim
+
+HIGH = -65536  # 0xffff0000: the upper half of a word
+
+Start = tuple  # an index of a buffer, onto which the places of a tile are added
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``c[row, g, q] (+)= sum_p a[row, g, p] * b[g, p, q]`` for a few rows, groups and outputs.
+
+    Strides are those of the flat index of a feature. A row of ``a`` or ``c`` is an axis of its
+    own where ``a_row`` or ``c_row`` is None, else that many elements away. ``columns`` are single
+    outputs; vectors run along the groups where ``over_groups``, else along the columns. A word of
+    ``b`` holds bfloat16 for two neighbouring vectors where ``paired``.
+    """
+
+    rows: int
+    groups: int
+    depth: tuple[Dim, ...]  # of a
+    columns: int
+    lanes: int
+    over_groups: bool
+    a_row: int | None
+    a_group: int
+    b_group: int
+    b_column: int
+    b_depth: tuple[int, ...]  # strides in b of the dimensions of depth
+    c_row: int | None
+    c_group: int
+    c_column: int
+    paired: bool
+    clear: bool  # whether c starts from zero
+
+    @property
+    def span(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the regions of a, b and c that hold all elements."""
+        a = (self.groups - 1) * self.a_group + sum((e - 1) * s for e, s in self.depth) + 1
+        c = (self.groups - 1) * self.c_group + (self.columns - 1) * self.c_column + 1
+        b = sum((e - 1) * s for (e, _), s in zip(self.depth, self.b_depth, strict=True))
+        words = self.columns // 2 if self.paired else self.columns
+        b += (self.groups - 1) * self.b_group + (words - 1) * self.b_column + 1
+        return self._rows(a, self.a_row), (b,), self._rows(c, self.c_row)
+
+    def _rows(self, span: int, stride: int | None) -> tuple[int, ...]:
+        return (self.rows, span) if stride is None else ((self.rows - 1) * stride + span,)
+
+    def a(self, row, group, at: list) -> tuple:
+        """Return where an element of ``a`` lies, from its start."""
+        index = group * self.a_group
+        for i, (_, stride) in zip(at, self.depth, strict=True):
+            index = index + i * stride
+        return _row_place(row, index, self.a_row)
+
+    def b(self, group, at: list, column) -> tuple:
+        """Return where an element (or word) of ``b`` lies; columns of words count words."""
+        index = group * self.b_group + column * self.b_column
+        for i, stride in zip(at, self.b_depth, strict=True):
+            index = index + i * stride
+        return (index,)
+
+    def c(self, row, group, column) -> tuple:
+        """Return where an element of ``c`` lies."""
+        return _row_place(row, group * self.c_group + column * self.c_column, self.c_row)
+
+
+def _row_place(row, index, stride: int | None) -> tuple:
+    return (row, index) if stride is None else (row * stride + index,)
+
+
+def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
+    """Emit the sblocks of a tile on buffers a, b, c from ``starts``.
+
+    Axes of extent one would be simplified away while scheduling, so they are left out.
+    """
+    (a, b, c), (a0, b0, c0) = buffers, starts
+
+    def place(start: Start, index: tuple) -> list:
+        return [s + i for s, i in zip(start, index, strict=True)]
+
+    outer = {"row": tile.rows, "group": tile.groups, "column": tile.columns}
+    if tile.clear:
+        with _axes("zero", outer) as at:
+            T.buffer_store(c, T.float32(0), place(c0, tile.c(at["row"], at["group"], at["column"])))
+    if tile.paired:  # words of vector pairs; no division of one axis, which would not match
+        width = 1 if tile.over_groups else tile.lanes
+        outer["column"] = tile.columns // (2 * width)
+        outer["lane"] = width
+    reduce = {f"depth{i}": extent for i, (extent, _) in enumerate(tile.depth)}
+    with _axes("update", outer, reduce) as at:
+        row, group, depth = at["row"], at["group"], [at[name] for name in reduce]
+        word, columns = at["column"], [at["column"]]
+        if tile.paired:
+            word = word * width + at["lane"]
+            columns = [at["column"] * (2 * width) + half * width + at["lane"] for half in (0, 1)]
+        left = a[tuple(place(a0, tile.a(row, group, depth)))]
+        right = b[tuple(place(b0, tile.b(group, depth, word)))]
+        for half, column in enumerate(columns):
+            weight = widen(right, half, 1) if tile.paired else right
+            to = place(c0, tile.c(row, group, column))
+            T.buffer_store(c, c[tuple(to)] + left * weight, to)
+
+
+def touch_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
+    """State what the sblock around a tile reads and writes."""
+    a, b, c = (
+        buffer[tuple(slice(s, s + extent) for s, extent in zip(start, shape, strict=True))]
+        for buffer, start, shape in zip(buffers, starts, tile.span, strict=True)
+    )
+    T.reads(*([a, b] if tile.clear else [c, a, b]))
+    T.writes(c)
+
+
+def widen(words, half: int, lanes: int):
+    """Return one bfloat16 of each word of a vector as float32: exact, by a shift or a mask."""
+    splat = (lambda v: T.int32(v)) if lanes == 1 else (lambda v: T.broadcast(T.int32(v), lanes))
+    bits = words & splat(HIGH) if half else words << splat(16)
+    return T.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", bits)
+
+
+@contextmanager
+def _axes(name: str, spatial: dict[str, int], reduce: dict[str, int] | None = None):
+    """Open loops and an sblock over all axes of more than one step; yield them by name."""
+    real = {n: e for n, e in spatial.items() if e > 1}
+    inner = {n: e for n, e in (reduce or {}).items() if e > 1}
+    with loops(*real.values(), *inner.values()) as variables:
+        outer = list(zip(real.values(), variables, strict=False))
+        rest = list(zip(inner.values(), variables[len(real) :], strict=True))
+        with block(name, outer, rest) as found:
+            at = dict.fromkeys([*spatial, *(reduce or {})], i64(0))
+            yield at | dict(zip([*real, *inner], found, strict=True))
