@@ -10,7 +10,16 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, LayerTable, Node, arguments
+from tvmstruct.layers import (
+    Attention,
+    FeedForward,
+    Layer,
+    LayerNorm,
+    LayerTable,
+    Node,
+    arguments,
+    weights_of,
+)
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack
@@ -53,6 +62,7 @@ class EmitKernels:
         self.table, self.kernels, self.store, self.select = table, kernels, store, select
         self.used: dict[str, Kernel] = {}
         self.calls: list[KernelCall] = []
+        self.tuned: dict[str, int] = {}  # layers with a tuned schedule, and for how many rows
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the kernel call of a node."""
@@ -64,7 +74,9 @@ class EmitKernels:
         kernel, args = self._kernel(node, arguments(call), shape)
         shapes = (*(s for a in args if (s := compat.static_shape(a)) is not None), shape)
         dtypes = (*(compat.dtype_of(a) for a in args), "float32")
-        kernel = self.select(kernel, shapes, dtypes)
+        default, kernel = kernel, self.select(kernel, shapes, dtypes)
+        if kernel is not default:
+            self.tuned |= {layer.names[0]: shape[0] for layer in weights_of(node)}
         self.used[kernel.symbol] = kernel
         self.calls.append(KernelCall(node, kernel.symbol, shapes, dtypes))
         return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))

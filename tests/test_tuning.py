@@ -125,7 +125,12 @@ def compiled_symbols(folder, rows):
     x = models.rng(1).normal(size=(rows, K)).astype(np.float32)
     np.testing.assert_allclose(model(x), x @ w, **tolerance("float32", K))
     (bucket,) = model.buckets.values()
-    return set(bucket.lowered.kernels)
+    (layer,) = model.report().layers
+    symbols = set(bucket.lowered.kernels)
+    spec = tvmstruct.resolve_target("host")
+    default = X86Kernels(spec.isa, spec.threads).packed_dense(N, K, Epilogue(), rows)
+    assert (f"tuned for {rows} rows" in layer.reason) == (symbols != {default.symbol})
+    return symbols
 
 
 def test_compile_uses_the_best_record_for_exactly_its_rows(tmp_path):

@@ -99,6 +99,15 @@ class Form:
 Node = Layer | FeedForward | Attention | LayerNorm
 
 
+def weights_of(node: Node) -> tuple[Layer, ...]:
+    """Return the layers of the source whose weights a node multiplies with."""
+    if isinstance(node, FeedForward):
+        return (node.up, node.down)
+    if isinstance(node, Layer):
+        return node.parts or (node,)
+    return ()
+
+
 class LayerTable:
     """The nodes that calls of ``tvmstruct.layer.<i>`` stand for."""
 

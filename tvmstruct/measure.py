@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 
-from tvmstruct.layers import Attention, FeedForward, Layer
+from tvmstruct.layers import Attention, Node, weights_of
 
 if TYPE_CHECKING:
     from tvmstruct.model import Bucket
@@ -55,13 +55,8 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.
     return np.full(shape, WORD, dtype)  # random bits would hold denormal numbers and NaN
 
 
-def _shares(node: object) -> dict[str, float]:
+def _shares(node: Node) -> dict[str, float]:
     """Return which part of a kernel's time belongs to which layer."""
-    if isinstance(node, Layer):
-        parts = node.parts or (node,)
-    elif isinstance(node, FeedForward):
-        parts = (node.up, node.down)
-    else:
-        return {}
+    parts = weights_of(node)
     total = sum(part.op.macs for part in parts) or 1
     return {part.names[0]: part.op.macs / total for part in parts}

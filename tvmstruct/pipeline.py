@@ -29,7 +29,7 @@ from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
 from tvmstruct.planning import Plan
-from tvmstruct.records import fused_records, layer_records, refused_records
+from tvmstruct.records import fused_records, layer_records, refused_records, tuned_records
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Log, Rule, apply_rule
 from tvmstruct.schedules import Kernels
@@ -82,6 +82,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
+    layers = tuned_records(layers, emit.tuned)
     return Lowered(mod, dict(emit.used), lift.names, layers, emit.calls)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import tvm
 from tvm import relax
@@ -55,6 +56,16 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+
+
+def tuned_records(records: list[LayerRecord], rows: Mapping[str, int]) -> list[LayerRecord]:
+    """Return the records, saying which layers run as a tuning record has it, and at which rows."""
+    return [
+        replace(r, reason="; ".join(filter(None, (r.reason, f"tuned for {rows[r.name]} rows"))))
+        if r.name in rows
+        else r
+        for r in records
+    ]
 
 
 def refused_records(log: Log) -> Iterator[LayerRecord]:
