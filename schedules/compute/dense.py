@@ -94,15 +94,19 @@ class Segment:
 
 
 def row_segments(m, heights: tuple[int, ...]) -> list[Segment]:
-    """Cut ``m`` rows into tiles of falling ``heights``, each as often as it fits.
-
-    Where ``m`` is symbolic, each height must divide the one before.
-    """
+    """Cut ``m`` rows into tiles of falling ``heights``, each as often as it fits."""
     if isinstance(m, int):
         return list(_fixed_segments(m, heights))
     segments = [Segment(heights[0], i64(0), m // heights[0])]
+    rest, divides = m, True
     for above, height in itertools.pairwise(heights):
-        segments.append(Segment(height, m // above * above, m % above // height))
+        if divides:  # then the rest of the rest is that of all rows
+            rest, start = m % above, m // above * above
+        else:
+            rest = rest % above
+            start = m - rest
+        divides &= above % height == 0
+        segments.append(Segment(height, start, rest // height))
     return segments
 
 

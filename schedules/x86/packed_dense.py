@@ -14,7 +14,7 @@ from tvmstruct.targets import Isa
 
 LINE = 16  # elements of a cache line
 VECTORS = 2  # columns of a register tile, in vectors
-HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (4, 2, 1), "sse": (4, 2, 1)}
+HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (6, 4, 2, 1), "sse": (4, 2, 1)}
 MAX_DEPTH = 256  # products in one running sum: more loses digits, fewer costs stores
 SERIAL_MACS = 1 << 17  # under this much work, waking a second thread costs more than it saves
 MAYBE_SERIAL = 8  # up to so many times that, tuning tries one thread too

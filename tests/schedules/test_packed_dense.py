@@ -91,11 +91,13 @@ def test_packing_is_a_layout_and_zeros(n, k, width, rng):
     assert not unpacked[:, n:].any()
 
 
-@pytest.mark.parametrize("m", [0, 1, 7, 8, 21])
-def test_segments_cover_every_row_once(m):
+@pytest.mark.parametrize("heights", [(8, 4, 2, 1), (6, 4, 2, 1), (5, 3, 1)])
+@pytest.mark.parametrize("kind", [int, np.int64], ids=["known", "open"])  # one is no int
+@pytest.mark.parametrize("m", [0, 1, 4, 5, 7, 8, 21, 47])
+def test_segments_cover_every_row_once(m, kind, heights):
     covered = [
         int(s.start) + t * s.height + i
-        for s in row_segments(m, (8, 4, 2, 1))
+        for s in row_segments(kind(m), heights)
         for t in range(int(s.count))
         for i in range(s.height)
     ]
