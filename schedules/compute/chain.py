@@ -24,6 +24,7 @@ from tvmstruct.stages import MatMul, Program, Stage, X, Y, separable
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
 GAP = 16  # features between two rows of scratch: rows a power of two apart share cache sets
+OPERANDS = 4  # vectors that a tile over groups reads and uses more than once
 BUSY = 8  # independent sums that hide the latency of an addition
 
 
@@ -234,8 +235,12 @@ class _Block:
         return s.groups % -(-s.groups // tiles)
 
     def _lines(self, s: MatMul) -> int:
-        """Return how many vectors of ``s.tile`` sums fit in registers."""
-        return max(1, self.kernel.nest.sums // s.tile)
+        """Return how many lines of ``s.tile`` vectors of sums fit in registers.
+
+        Over groups a line's own operand is a vector too, which takes a register of its own.
+        """
+        free = OPERANDS if s.vector == "group" else 0
+        return max(1, (self.kernel.nest.sums - free) // s.tile)
 
     def _rows(self, s: MatMul) -> int:
         """Return the rows of a tile."""

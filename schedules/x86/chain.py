@@ -19,12 +19,11 @@ from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.intrinsics import product_tile
-from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
+from tvmstruct.schedules.x86.packed_dense import HEIGHTS, SERIAL_MACS
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
-HEIGHTS = (8, 4, 2, 1)
-TALL, LOW = 8, 4  # rows of a tile where there are many, and where threads share few
+LOW = 4  # rows of a tile at most, where threads would get unequal shares of taller ones
 WAYS = ("none", "rows", "stages")
 MOST_ROWS = 64  # of a block
 SHARED_MACS = 160 << 10  # below, a stage is done before a second thread has woken
@@ -86,36 +85,33 @@ class _Work:
         if rows == 1:
             mode = WAYS[pick("threads", (0, 2), WAYS.index(together))]
             return RowNest((1,), 1, mode, sums, self.threads, SHARED_MACS)
-        tall = pick("height", [h for h in HEIGHTS if h <= rows], self._tall(rows))
+        heights = HEIGHTS[self.isa.name]
+        tall = pick("height", [h for h in heights if h <= rows], self._tall(rows))
         mode = "rows" if self._shares(rows, tall) else together
         mode = WAYS[pick("threads", range(len(WAYS)), WAYS.index(mode))]
-        blocks = [tall << i for i in range(6) if tall << i <= min(rows, MOST_ROWS)]
-        block = pick("block", blocks, self._block(rows, tall, mode))
-        return RowNest(
-            tuple(h for h in HEIGHTS if h <= tall), block, mode, sums, self.threads, SHARED_MACS
-        )
+        blocks = [tall << i for i in range(7) if tall << i <= min(rows, MOST_ROWS)]
+        block = pick("block", blocks, self._block(rows, blocks, mode))
+        heights = tuple(h for h in heights if h <= tall)
+        return RowNest(heights, block, mode, sums, self.threads, SHARED_MACS)
 
     def _tall(self, rows: int) -> int:
         """Return the rows of a tile: the most, unless threads would then get unequal shares."""
-        equal = rows >= 4 * TALL * self.threads or rows % (TALL * self.threads) == 0
-        return min(TALL if equal and self.isa.registers >= 32 else LOW, _power(rows))
+        heights = HEIGHTS[self.isa.name]
+        each = heights[0] * self.threads
+        most = heights[0] if rows >= 4 * each or rows % each == 0 else LOW
+        return max(h for h in heights if h <= min(rows, most))
 
     def _shares(self, rows: int, tall: int) -> bool:
         """Return whether each thread takes rows of its own, though it then reads all weights."""
         enough = rows * self.macs > SERIAL_MACS and rows > tall and self.threads > 1
-        return enough and (self._weights <= CACHED or rows >= TALL * self.threads)
+        return enough and (self._weights <= CACHED or rows >= 2 * LOW * self.threads)
 
-    def _block(self, rows: int, tall: int, mode: str) -> int:
+    def _block(self, rows: int, blocks: list[int], mode: str) -> int:
         """Return the rows of a block: more where the weights do not stay in cache."""
-        share = max(1, rows // self.threads if mode == "rows" else rows)
-        return tall if self._weights <= CACHED else max(tall, min(MOST_ROWS, _power(share)))
+        share = rows // self.threads if mode == "rows" else rows
+        return max(b for b in blocks if b == blocks[0] or (b <= share and self._weights > CACHED))
 
     @property
     def _weights(self) -> int:
         """Bytes of all weights."""
         return 4 * sum(map(self.program.words, range(len(self.program.weights))))
-
-
-def _power(n: int) -> int:
-    """Return the largest power of two up to n."""
-    return 1 << (n.bit_length() - 1)

@@ -158,12 +158,15 @@ class _Product:
         return list(product(range(self.tile.rows), range(groups)))
 
     def step(self, at: list, add) -> None:
-        """Add the products of one step of the depth."""
+        """Add the products of one step of the depth: the weights stay, one line after the other.
+
+        The other way round LLVM would hold what all lines read in registers.
+        """
         words = 2 if self.tile.paired else 1
-        for v in range(0, self.vectors, words):
-            for half, weight in enumerate(self._weights(at, v // words)):
-                for line, (row, group) in enumerate(self.lines):
-                    add(line, v + half, self._left(row, group, at), weight)
+        weights = [w for v in range(self.vectors // words) for w in self._weights(at, v)]
+        for line, (row, group) in enumerate(self.lines):
+            for v, weight in enumerate(weights):
+                add(line, v, self._left(row, group, at), weight)
 
     def store(self, sums: list[list]) -> None:
         """Write the sums, or add them to what is there."""

@@ -20,6 +20,7 @@ from tvmstruct.schedules.compute.low_precision import pair_vectors, round_bf16
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.schedules.x86.intrinsics import product_tile
+from tvmstruct.schedules.x86.packed_dense import HEIGHTS
 from tvmstruct.stages import lower
 from tvmstruct.targets import ISAS
 from tvmstruct.testing import tolerance
@@ -166,11 +167,10 @@ def test_shuffles(isa, rng):
         compare(library[made[name].symbol], op, programs[name], 3, rng)
 
 
-CHOICES = [
-    {"height": height, "threads": way, "block": block}
-    for height, block in ((1, 4), (2, 2), (4, 16), (8, 8), (8, 32))
-    for way in range(3)
-]
+def choices_of(isa) -> list[dict[str, int]]:
+    """Return heights, ways to share threads, and blocks of one and of four tiles."""
+    cuts = itertools.product(HEIGHTS[isa.name], range(3), (1, 4))
+    return [{"height": h, "threads": way, "block": h * tiles} for h, way, tiles in cuts]
 
 
 @every_isa
@@ -185,7 +185,7 @@ def test_every_way_to_cut_rows(isa, rng):
         program = lower(op, isa.lanes)
         kernel = X86Kernels(isa, threads=2).chain(program, Epilogue(bias=True), rows, op.macs)
         made = {}
-        for choices in CHOICES:
+        for choices in choices_of(isa):
             answered = lambda name, options, default, c=choices: take(c[name], options)  # noqa: E731
             made[str(choices)] = kernel.space.build(rows, answered)
         library = build(isa, {f"k{i}": func for i, func in enumerate(made.values())})
