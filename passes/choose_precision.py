@@ -49,7 +49,7 @@ class ChoosePrecision:
         dense = isinstance(layer.op, ops.Dense)
         if not dense and self.precision == "int8":
             return f'structured layers have no "{self.precision}" kernel'
-        for w in layer.op.arrays():
+        for w in _rounded_arrays(layer.op):
             stored = w if self.precision == "int8" else round_bf16(w)
             if not np.isfinite(stored.astype(np.float32)).all():
                 return f"the weight has values that {self.precision} cannot hold"
@@ -65,16 +65,23 @@ class ChoosePrecision:
             note = "weights in bf16, x and arithmetic in f32"
             form.reason = f"{form.reason}; {note}" if form.reason else note
         form.error = math.hypot(form.error, error)
-        form.bytes = self._bytes(layer.op.n_out, layer.op.params)
+        form.bytes = self._bytes(layer.op)
 
-    def _bytes(self, n_out: int, params: int) -> int:
-        return params + 8 * n_out if self.precision == "int8" else 2 * params
+    def _bytes(self, op: ops.Op) -> int:
+        if self.precision == "int8":
+            return op.params + 8 * op.n_out
+        return 4 * op.params - 2 * sum(w.size for w in _rounded_arrays(op))
+
+
+def _rounded_arrays(op: ops.Op) -> list[np.ndarray]:
+    """Return the arrays that low precision rounds: diagonals are vectors and stay in f32."""
+    return [w for w in op.arrays() if w.ndim > 1]
 
 
 def _rounding_error(op: ops.Op) -> float:
     """Return the relative Frobenius error of an operator in bf16, estimated on random rows.
 
-    Never dense: that may be a thousand times larger. Diagonals are vectors and stay in f32.
+    Never dense: that may be a thousand times larger.
     """
 
     def stored(w: np.ndarray) -> np.ndarray:

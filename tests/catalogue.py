@@ -58,6 +58,8 @@ NODES: dict[str, Op] = {
     "sum": Dense(normal(5, 4)) + Slice(5, 4) + (Pad(5, 8) @ SharedBlockDiag(normal(2, 1), 4)),
     "product": Pad(5, 6) @ BlockDiag(normal(2, 3, 4)) @ swap(2, 4) @ Diag(normal(8)) @ Slice(8, 7),
     "product of sums": (Dense(normal(6, 4)) + Slice(6, 5, 1)) @ (Pad(4, 7) + Dense(normal(4, 7))),
+    "sum with what it reads": Dense(normal(5, 6)) @ (Dense(normal(6, 6)) + Slice(6, 6)),
+    "what is read, then a sum": Dense(normal(5, 6)) @ (Slice(6, 6) + Dense(normal(6, 6))),
     "array used twice": SharedBlockDiag(_SHARED, 2)
     @ Permute((2, 2), (1, 0))
     @ Pad(4, 9)

@@ -235,9 +235,9 @@ class _Lowering:
         self.emit(Copy(value.buffer, dst, merge(value.dims), value.offset, 0))
         return Value(dst, ((value.size, 1),))
 
-    def store(self, value: Value, dst: int, *, accumulate: bool) -> None:
-        """Bring a value into ``dst``; its buffer becomes ``dst`` where nothing else is needed."""
-        own = value.buffer > Y and value.contiguous
+    def store(self, value: Value, dst: int, *, accumulate: bool, keep: int = X) -> None:
+        """Bring a value into ``dst``; its buffer, unless ``keep``, becomes ``dst`` where it can."""
+        own = value.buffer > Y and value.buffer != keep and value.contiguous
         whole = own and self.program.sizes[value.buffer] == value.size
         writers = [i for i, stage in enumerate(self.program.stages) if stage.dst == value.buffer]
         if whole and not accumulate:
@@ -273,7 +273,7 @@ class _Lowering:
     def _(self, op: ops.Sum, x: Value) -> Value:
         dst = self.new_buffer(op.n_out)
         for i, term in enumerate(op.terms):
-            self.store(self.visit(term, x), dst, accumulate=i > 0)
+            self.store(self.visit(term, x), dst, accumulate=i > 0, keep=x.buffer)
         return Value(dst, ((op.n_out, 1),))
 
     @visit.register

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import Epilogue, Segment, row_segments
+from tvmstruct.schedules.compute.dense import Epilogue, Segment, depth_step, row_segments
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.compute.row_steps import Rows, RowSteps, Scratch
@@ -33,8 +33,7 @@ class RowNest:
     """How rows are cut: ``block`` of them pass all stages together, ``heights`` fit in registers.
 
     The threads, of which there are ``workers``, share the blocks ("rows"), the tiles of each stage
-    of over ``shared_macs`` ("stages") or nothing ("none"). A tile has at most ``sums`` vectors,
-    summed over ``depth`` products at a time.
+    of over ``shared_macs`` ("stages") or nothing ("none"). A tile has at most ``sums`` vectors.
     """
 
     heights: tuple[int, ...]
@@ -43,7 +42,6 @@ class RowNest:
     sums: int
     workers: int = 1
     shared_macs: int = 0
-    depth: int = 256
 
 
 Part = tuple[str, object, int]  # an axis of tiles, which part of it, of how many
@@ -216,7 +214,7 @@ class _Block:
             return
         tile = self._tile(s)
         (extent, stride), *more = s.depth
-        chunk = _divisor(extent, self.kernel.nest.depth) if not more else extent
+        chunk = extent if more else depth_step(extent)
         if chunk == extent:
             self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
             return

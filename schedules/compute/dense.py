@@ -2,7 +2,7 @@
 
 ``y[m, n] = epilogue(x[m, k] @ w)`` with ``w`` packed as panels ``[ceil(n / width)][k][width]``,
 so that a register tile reads one contiguous row of a panel per step of k. The rows are cut into
-segments of fixed tile heights (8, 4, 2, 1), each tensorised by the intrinsic of its height: a
+segments of fixed tile heights (8, 4, 2, 1, say), each tensorised by the intrinsic of its height: a
 symbolic number of rows needs no predicate.
 """
 
@@ -22,6 +22,7 @@ from tvmstruct.schedules.compute.layer_norm import RowNorm
 
 HEIGHT = "tvmstruct.height"  # annotation of every sblock: rows of its tile
 AHEAD = "tvmstruct.ahead"  # of some: the part of the next panel to fetch
+MAX_DEPTH = 256  # products in one running sum: more loses digits, fewer costs stores
 CHEAP = ("none", "relu")  # activations that want neither much code nor registers
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -139,6 +140,12 @@ def _ahead(segment: Segment, parts: int) -> Iterator[Segment]:
         yield Segment(height, start + part * height, one, part)
     rest = T.max(count - parts, T.int64(0)) if parts else count
     yield Segment(height, start + parts * height, rest)
+
+
+def depth_step(k: int) -> int:
+    """Return the largest divisor of k up to MAX_DEPTH, or k where none is near."""
+    step = max(d for d in range(1, min(k, MAX_DEPTH) + 1) if k % d == 0)
+    return step if step * 8 >= MAX_DEPTH or step == k else k
 
 
 def pack(w: np.ndarray, width: int) -> np.ndarray:

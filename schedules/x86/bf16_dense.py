@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import i64, loops
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.product_tile import widen
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.word_dense import VECTORS, Problem, Tile, word_dense
@@ -24,7 +25,6 @@ from tvmstruct.targets import Isa
 
 DOT = "avx512bf16"  # the feature with the instructions
 STEP = 32  # elements of x that one instruction rounds
-HIGH = -65536  # 0xffff0000: the upper half of a word
 
 LLVM = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -116,12 +116,12 @@ class _Widen:
 
         def step(p, add) -> None:
             for i, v in product(range(height), range(VECTORS)):
-                add(i, v, left(i, p * 2), _even(words(p, v), lanes))
+                add(i, v, left(i, p * 2), widen(words(p, v), 0, lanes))
             for i, v in product(range(height), range(VECTORS)):
-                add(i, v, left(i, p * 2 + 1), _odd(words(p, v), lanes))
+                add(i, v, left(i, p * 2 + 1), widen(words(p, v), 1, lanes))
 
         def last(i: int, v: int):
-            return left(i, k - 1) * _even(words(k // 2, v), lanes)
+            return left(i, k - 1) * widen(words(k // 2, v), 0, lanes)
 
         tile_shape = (height, VECTORS)
         start = last if k % 2 else None
@@ -165,11 +165,3 @@ def _round(value):
 
 def _dot(total, left, right):
     return T.call_pure_extern("float32x16", "tvmstruct_bf16_dot", total, left, right)
-
-
-def _even(words, lanes: int):
-    return T.reinterpret(f"float32x{lanes}", words << T.broadcast(T.int32(16), lanes))
-
-
-def _odd(words, lanes: int):
-    return T.reinterpret(f"float32x{lanes}", words & T.broadcast(T.int32(HIGH), lanes))

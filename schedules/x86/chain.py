@@ -33,7 +33,7 @@ CACHED = 256 << 10  # bytes of weights that a second-level cache keeps beside th
 def chain(
     isa: Isa, program: Program, epilogue: Epilogue, rows: int, macs: int, threads: int = 2
 ) -> Kernel:
-    """Return the kernel of ``program``: arguments x, weights, [bias], [residual], y."""
+    """Return the kernel: arguments x, weights, [bias], [residual], [gamma, beta], y."""
     work = _Work(isa, program, macs, threads)
     nest = work.nest(rows, pick_default)
     key = (isa.name, program.key, epilogue, rows == 1, nest)
@@ -86,7 +86,7 @@ class _Work:
             mode = WAYS[pick("threads", (0, 2), WAYS.index(together))]
             return RowNest((1,), 1, mode, sums, self.threads, SHARED_MACS)
         heights = HEIGHTS[self.isa.name]
-        tall = pick("height", [h for h in heights if h <= rows], self._tall(rows))
+        tall = pick("height", [h for h in heights if h <= max(1, rows)], self._tall(rows))
         mode = "rows" if self._shares(rows, tall) else together
         mode = WAYS[pick("threads", range(len(WAYS)), WAYS.index(mode))]
         blocks = [tall << i for i in range(7) if tall << i <= min(rows, MOST_ROWS)]
@@ -99,7 +99,7 @@ class _Work:
         heights = HEIGHTS[self.isa.name]
         each = heights[0] * self.threads
         most = heights[0] if rows >= 4 * each or rows % each == 0 else LOW
-        return max(h for h in heights if h <= min(rows, most))
+        return max(h for h in heights if h <= max(1, min(rows, most)))
 
     def _shares(self, rows: int, tall: int) -> bool:
         """Return whether each thread takes rows of its own, though it then reads all weights."""

@@ -15,7 +15,6 @@ from tvmstruct.targets import Isa
 LINE = 16  # elements of a cache line
 VECTORS = 2  # columns of a register tile, in vectors
 HEIGHTS = {"avx512": (8, 4, 2, 1), "avx2": (6, 4, 2, 1), "sse": (4, 2, 1)}
-MAX_DEPTH = 256  # products in one running sum: more loses digits, fewer costs stores
 SERIAL_MACS = 1 << 17  # under this much work, waking a second thread costs more than it saves
 MAYBE_SERIAL = 8  # up to so many times that, tuning tries one thread too
 SMALLEST_DEPTH = 64  # fewer products of a sum at a time are eaten up by its load and store
@@ -61,7 +60,7 @@ def choose_nest(isa: Isa, sizes: tuple[int, int, int], pick: Pick) -> Nest:
     most = min(rows, (isa.registers - 4) // VECTORS)  # sums, and the operands of one FMA
     height = pick("height", range(min(most, 3), most + 1), min(rows, HEIGHTS[isa.name][0]))
     block = pick("block", divisors(rows, height, rows), rows)
-    depth = pick("depth", divisors(k, SMALLEST_DEPTH, k), _depth_step(k))
+    depth = pick("depth", divisors(k, SMALLEST_DEPTH, k), dense.depth_step(k))
     blocks_first = pick("blocks_first", (0, 1) if block < rows else (0,), 0)
     small = rows * n * k <= MAYBE_SERIAL * SERIAL_MACS
     parallel = pick("parallel", (0, 1) if small else (1,), int(rows * n * k > SERIAL_MACS))
@@ -74,7 +73,7 @@ def schedule_packed_dense(sch: Schedule, isa: Isa, pick: Pick = pick_default) ->
     """Tensorise every update and vectorise the zeroing before it."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     updates = [b for b in blocks if sch.get(b).name_hint.startswith("update")]
-    steps = {b: _depth_step(int(sch.get(sch.get_loops(b)[-1]).extent)) for b in updates}
+    steps = {b: dense.depth_step(int(sch.get(sch.get_loops(b)[-1]).extent)) for b in updates}
     unroll = 1
     if updates:
         turns = [u for u in (1, 2, 4, 8) if all(step % u == 0 for step in steps.values())]
@@ -108,9 +107,3 @@ def _vectorize(sch: Schedule, isa: Isa, block) -> None:
 
 def _height(sch: Schedule, block) -> int:
     return int(sch.get(block).annotations[dense.HEIGHT])
-
-
-def _depth_step(k: int) -> int:
-    """Return the largest divisor of k up to MAX_DEPTH, or k where none is near."""
-    step = max(d for d in range(1, min(k, MAX_DEPTH) + 1) if k % d == 0)
-    return step if step * 8 >= MAX_DEPTH or step == k else k

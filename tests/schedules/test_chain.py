@@ -168,9 +168,10 @@ def test_shuffles(isa, rng):
 
 
 def choices_of(isa) -> list[dict[str, int]]:
-    """Return heights, ways to share threads, and blocks of one and of four tiles."""
-    cuts = itertools.product(HEIGHTS[isa.name], range(3), (1, 4))
-    return [{"height": h, "threads": way, "block": h * tiles} for h, way, tiles in cuts]
+    """Return every height and way to share threads, with blocks of one or of four tiles."""
+    cuts = itertools.product(HEIGHTS[isa.name], range(3))
+    tiles = itertools.cycle((1, 4))
+    return [{"height": h, "threads": way, "block": h * next(tiles)} for h, way in cuts]
 
 
 @every_isa
