@@ -73,6 +73,8 @@ class Attention:
     v_layout: tuple[int, int]
     mask: str = "none"
     mask_dims: tuple[str, ...] = ()
+    causal: bool = False  # key j is hidden from query i < j
+    kv_heads: int = 0  # heads of k and v, each shared by equally many of q; 0: as many as q has
 
 
 @dataclass(frozen=True)

@@ -238,6 +238,30 @@ def products(body):
     return len(re.findall(r"fmadd\w*ps|mulps", body))
 
 
+@every_isa
+@pytest.mark.parametrize("keys", [30, 300])
+def test_heads_of_q_share_those_of_k_and_v(isa, keys):
+    (q,) = random_heads((2, 6, 21, 20))
+    k, v = random_heads((2, 2, keys, 20), (2, 2, keys, 16), seed=1)
+    func = attention(
+        isa, heads=6, kv_heads=2, head_dim=20, value_dim=16, query_length=21, key_length=keys,
+        q_layout=(120, 0), k_layout=(40, 0), v_layout=(32, 0), scale=0.3,
+    )  # fmt: skip
+    out = tvm.runtime.tensor(np.zeros((42, 96), "float32"))
+    build(isa, func)["main"](*(tvm.runtime.tensor(as_rows(x)) for x in (q, k, v)), out)
+    want = reference(q, k.repeat(3, 1), v.repeat(3, 1), 0.3)
+    np.testing.assert_allclose(out.numpy(), as_rows(want), atol=TOLERANCE)
+
+
+def test_rejects_heads_that_do_not_share_evenly():
+    layout = (20, 0)
+    with pytest.raises(ValueError, match="5 heads of q do not share 2 of k and v"):
+        attention(
+            ISAS[0], heads=5, kv_heads=2, head_dim=4, query_length=3, key_length=3, scale=1.0,
+            q_layout=layout, k_layout=layout, v_layout=layout,
+        )  # fmt: skip
+
+
 def test_rejects_unknown_masks():
     isa, layout = ISAS[0], (8, 0)
     sizes = {"heads": 1, "head_dim": 8, "query_length": 4, "key_length": 4, "scale": 1.0}
