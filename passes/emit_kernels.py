@@ -17,6 +17,7 @@ from tvmstruct.layers import (
     LayerNorm,
     LayerTable,
     Node,
+    ProjectedAttention,
     arguments,
     weights_of,
 )
@@ -141,6 +142,16 @@ class EmitKernels:
     @_kernel.register
     def _(self, node: Attention, args, shape):
         return self.kernels.attention(node, shape[0]), args
+
+    @_kernel.register
+    def _(self, node: ProjectedAttention, args, shape):
+        count = 3 if node.attention.mask == "none" else 4
+        inputs, more = args[:count], args[count:]
+        layer = node.projection
+        kernel = self.kernels.projected_attention(
+            node.attention, layer.op.n_out, layer.epilogue, shape[0]
+        )
+        return kernel, [*inputs, *self._packed(layer), *more]
 
     @_kernel.register
     def _(self, node: LayerNorm, args, shape):

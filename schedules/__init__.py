@@ -71,6 +71,14 @@ class Kernels(Protocol):
         """Return fused attention."""
         ...
 
+    def projects_attention(self, node, n: int, rows: int) -> bool:
+        """Return whether attention and its projection to n in one kernel is legal and pays."""
+        ...
+
+    def projected_attention(self, node, n: int, epilogue: Epilogue, rows: int) -> Kernel:
+        """Return fused attention and its output projection in one."""
+        ...
+
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation."""
         ...

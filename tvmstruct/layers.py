@@ -78,6 +78,17 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class ProjectedAttention:
+    """Attention and the dense layer that reads its heads, without the heads in memory.
+
+    Arguments are those of ``attention`` and those of ``projection`` after its input.
+    """
+
+    attention: Attention
+    projection: Layer
+
+
+@dataclass(frozen=True)
 class LayerNorm:
     """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis."""
 
@@ -98,13 +109,15 @@ class Form:
     bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
-Node = Layer | FeedForward | Attention | LayerNorm
+Node = Layer | FeedForward | Attention | ProjectedAttention | LayerNorm
 
 
 def weights_of(node: Node) -> tuple[Layer, ...]:
     """Return the layers of the source whose weights a node multiplies with."""
     if isinstance(node, FeedForward):
         return (node.up, node.down)
+    if isinstance(node, ProjectedAttention):
+        return (node.projection,)
     if isinstance(node, Layer):
         return node.parts or (node,)
     return ()

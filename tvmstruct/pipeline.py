@@ -24,6 +24,7 @@ from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
+from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
@@ -107,6 +108,7 @@ def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     yield MergeSharedInput(table)
     yield FuseLayerNorm(table)
     yield SimplifyLayout()
+    yield ProjectAttention(table, session.kernels)
     yield SplitFeedForward(table, session.kernels)
 
 

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from tvmstruct import compat
-from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable
+from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable, ProjectedAttention
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 
@@ -36,6 +36,9 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
     count = 0
     for value in Graph(mod["main"]).bound.values():
         node = table.node(value)
+        projection = None
+        if isinstance(node, ProjectedAttention):
+            node, projection = node.attention, node.projection
         if isinstance(node, Attention):
             merged = len({node.q_layout[0], node.k_layout[0], node.v_layout[0]}) == 1
             shared = merged and node.q_layout != node.k_layout
@@ -45,7 +48,7 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 (node.heads, node.head_dim),
                 "attention",
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
-                reason=f"fused, running maximum, mask {node.mask}; {what}",
+                reason=f"fused, running maximum, mask {node.mask}; {what}{_into(projection)}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -56,6 +59,12 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+
+
+def _into(projection: Layer | None) -> str:
+    if projection is None:
+        return "; heads side by side in memory"
+    return f"; each head into {projection.names[0]} at once"
 
 
 def tuned_records(records: list[LayerRecord], rows: Mapping[str, int]) -> list[LayerRecord]:

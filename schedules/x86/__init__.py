@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, make_kernel
-from tvmstruct.schedules.x86 import feed_forward
-from tvmstruct.schedules.x86.attention import attention
+from tvmstruct.schedules.x86 import feed_forward, projected_attention
+from tvmstruct.schedules.x86.attention import Heads, attention
 from tvmstruct.schedules.x86.chain import chain
 from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
@@ -55,16 +57,23 @@ class X86Kernels:
 
     def attention(self, node, rows: int) -> Kernel:
         """Return fused attention for an `Attention` node; rows are its output rows."""
-        parameters = {
-            name: getattr(node, name)
-            for name in (
-                "heads", "head_dim", "value_dim", "query_length", "key_length", "scale",
-                "q_layout", "k_layout", "v_layout", "mask", "mask_dims", "causal", "kv_heads",
-            )
-        }  # fmt: skip
+        heads = self._heads(node)
         work = node.heads * node.key_length * (node.head_dim + node.value_dim)
-        key = (self.isa.name, *parameters.values())
-        return make_kernel("attention", key, lambda: attention(self.isa, **parameters), work=work)
+        return make_kernel("attention", heads.key, lambda: attention(heads), work=work)
+
+    def projects_attention(self, node, n: int, rows: int) -> bool:
+        """Return whether attention and its projection to n in one kernel is legal and pays."""
+        return projected_attention.pays(self._heads(node), n, rows, self.threads)
+
+    def projected_attention(self, node, n: int, epilogue: Epilogue, rows: int) -> Kernel:
+        """Return fused attention and its output projection in one."""
+        heads = self._heads(node)
+        return projected_attention.projected_attention(heads, n, epilogue, rows, self.threads)
+
+    def _heads(self, node) -> Heads:
+        """Return the static side of an `Attention` node."""
+        names = (field.name for field in fields(Heads) if field.name != "isa")
+        return Heads(self.isa, **{name: getattr(node, name) for name in names})
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation over rows of n features."""

@@ -6,7 +6,7 @@ The work is cut into (batch, head, tile of queries); `attention_tile` says what 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -59,6 +59,11 @@ class Heads:
                 f"attention: {self.heads} heads of q do not share {self.kv_heads} of k and v "
                 "evenly; heads must be a multiple of kv_heads"
             )
+
+    @property
+    def key(self) -> tuple:
+        """What tells these heads from all others."""
+        return (self.isa.name, *(getattr(self, f.name) for f in fields(self) if f.name != "isa"))
 
     @property
     def width(self) -> int:
@@ -123,12 +128,11 @@ class Heads:
         return View(buffers["mask"], index[2], lead=tuple(index[:2]))
 
 
-def attention(isa: Isa, **heads) -> PrimFunc:
+def attention(h: Heads) -> PrimFunc:
     """Return the kernel ``(q, k, v[, mask], out)`` for a symbolic batch.
 
-    The arguments are those of `Heads`; ``out`` is (batch * query_length, heads * value_dim).
+    ``out`` is (batch * query_length, heads * value_dim).
     """
-    h = Heads(isa, **heads)
 
     def body() -> None:
         buffers = h.arguments()

@@ -30,15 +30,21 @@ Index = Expr | int
 
 @dataclass(frozen=True)
 class View:
-    """A matrix inside a buffer: element (r, c) is ``buffer[*lead, row + r, column + c]``."""
+    """A matrix inside a buffer: element (r, c) is ``buffer[*lead, row + r, column + c]``.
+
+    With a ``stride`` the buffer is flat, and rows lie that far apart.
+    """
 
     buffer: tirx.Buffer
     row: Index = 0
     column: Index = 0
     lead: tuple = ()
+    stride: int = 0
 
     def at(self, row: Index, column: Index, lanes: int = 1) -> list:
         """Return the index of ``lanes`` elements of a row."""
+        if self.stride:
+            return [ramp((self.row + row) * self.stride + self.column + column, lanes)]
         return [*self.lead, self.row + row, ramp(self.column + column, lanes)]
 
     def load(self, row: Index, column: Index, lanes: int = 1) -> Expr:

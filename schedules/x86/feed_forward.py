@@ -9,18 +9,17 @@ are packed panels, and each streams once for a block of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, row_segments, tile_heights
+from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue, tile_heights
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, divisors, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, VECTORS, panel_width
-from tvmstruct.schedules.x86.register_tile import accumulate
+from tvmstruct.schedules.x86.partial_sums import PartialSums
 from tvmstruct.targets import Isa
 
 BLOCK = 64  # rows of a block: enough to reuse a streamed panel, few enough for the cache
@@ -97,85 +96,19 @@ def _choose(isa: Isa, default: Cut, hidden: int, rows: int, pick: Pick) -> Cut:
     return Cut(rows, block, chunk, tile_heights(height, None if rows % block else block))
 
 
-@dataclass
-class _Block:
-    """Code for one block of rows: its buffers and where it starts."""
+def _hidden_panel(sums: PartialSums, buffers: dict, sizes, panel, local, activation: str) -> None:
+    """Compute one panel of hidden features and activate it; ``sizes`` are (k, chunk)."""
+    lanes, width, (k, chunk) = sums.isa.lanes, sums.width, sizes
 
-    isa: Isa
-    buffers: dict
-    first: object
-    count: object
-    cut: Cut
+    def write(v: int, row, value) -> None:
+        if "b1" in buffers:
+            value = value + buffers["b1"][T.ramp(panel * width + v * lanes, 1, lanes)]
+        at = row * chunk + local * width + v * lanes
+        T.buffer_store(buffers["inner"], ACTIVATIONS[activation](value), [T.ramp(at, 1, lanes)])
 
-    def clear(self, n: int) -> None:
-        """Set y to zero, onto which every chunk adds."""
-        lanes, y = self.isa.lanes, self.buffers["y"]
-        with loops(self.count, n // lanes) as (row, j):
-            place = [self.first + row, T.ramp(j * lanes, 1, lanes)]
-            T.buffer_store(y, T.broadcast(T.float32(0), lanes), place)
-
-    def finish(self, n: int) -> None:
-        """Add b2 and the residual: last, since sums onto a large residual would lose digits."""
-        lanes, (b2, residual, y) = self.isa.lanes, map(self.buffers.get, ("b2", "residual", "y"))
-        if b2 is None and residual is None:
-            return
-        with loops(self.count, n // lanes) as (row, j):
-            at = T.ramp(j * lanes, 1, lanes)
-            value = y[self.first + row, at]
-            value = value if b2 is None else value + b2[at]
-            value = value if residual is None else value + residual[self.first + row, at]
-            T.buffer_store(y, value, [self.first + row, at])
-
-    def up(self, k: int, panel, local, activation: str) -> None:
-        """Compute one panel of hidden features and activate it."""
-        lanes, b1, inner = self.isa.lanes, self.buffers.get("b1"), self.buffers["inner"]
-        width = VECTORS * lanes
-
-        def emit(height: int, row) -> None:
-            left = lambda i, p: self.buffers["x"][self.first + row + i, p]  # noqa: E731
-            right = lambda p, v: self.buffers["w1"][panel, p, self._lane(v)]  # noqa: E731
-            sums = self._multiply(height, k, left, right)
-            for i, v in product(range(height), range(VECTORS)):
-                value = sums[v][i]
-                if b1 is not None:
-                    value = value + b1[T.ramp(panel * width + v * lanes, 1, lanes)]
-                at = (row + i) * self.cut.chunk + local * width + v * lanes
-                value = ACTIVATIONS[activation](value)
-                T.buffer_store(inner, value, [T.ramp(at, 1, lanes)])
-
-        self._tiles(emit)
-
-    def down(self, panel, offset) -> None:
-        """Add the chunk's share to one panel of y."""
-        lanes, inner, y = self.isa.lanes, self.buffers["inner"], self.buffers["y"]
-
-        def emit(height: int, row) -> None:
-            def out(i: int, v: int) -> tuple:
-                at = panel * (VECTORS * lanes) + v * lanes
-                return (self.first + row + i, T.ramp(at, 1, lanes))
-
-            left = lambda i, p: inner[(row + i) * self.cut.chunk + p]  # noqa: E731
-            right = lambda p, v: self.buffers["w2"][panel, offset + p, self._lane(v)]  # noqa: E731
-            sums = self._multiply(height, self.cut.chunk, left, right)
-            for i, v in product(range(height), range(VECTORS)):
-                T.buffer_store(y, y[out(i, v)] + sums[v][i], list(out(i, v)))
-
-        self._tiles(emit)
-
-    def _multiply(self, height: int, depth: int, left, right) -> list[list]:
-        def step(p, add) -> None:
-            for i, v in product(range(height), range(VECTORS)):
-                add(i, v, T.broadcast(left(i, p), self.isa.lanes), right(p, v))
-
-        return accumulate(self.isa, self.isa.lanes, (height, VECTORS), depth, step)
-
-    def _lane(self, v: int):
-        return T.ramp(i64(v * self.isa.lanes), 1, self.isa.lanes)
-
-    def _tiles(self, emit) -> None:
-        for segment in row_segments(self.count, self.cut.heights):
-            with loops(segment.count) as (t,):
-                emit(segment.height, segment.start + t * segment.height)
+    left = lambda row, p: buffers["x"][sums.first + row, p]  # noqa: E731
+    right = lambda p, v: buffers["w1"][panel, p, sums.lane(v)]  # noqa: E731
+    sums.multiply(left, right, k, write)
 
 
 def _emit(isa: Isa, sizes, epilogues: tuple[Epilogue, Epilogue], cut: Cut) -> None:
@@ -190,14 +123,15 @@ def _emit(isa: Isa, sizes, epilogues: tuple[Epilogue, Epilogue], cut: Cut) -> No
         whole = rows is not None and rows % block == 0
         count = block if whole else T.min(i64(block), m - b * block)
         buffers["inner"] = T.alloc_buffer((i64(block * chunk),), "float32", scope="global")
-        work = _Block(isa, buffers, b * block, count, cut)
-        work.clear(n)
+        sums = PartialSums(isa, buffers["y"], b * block, count, cut.heights)
+        sums.clear(n)
         with loops(hidden // chunk) as (c,):
-            with loops(chunk // width) as (panel,):
-                work.up(k, c * (chunk // width) + panel, panel, up.activation)
-            with loops(n // width) as (panel,):
-                work.down(panel, c * chunk)
-        work.finish(n)
+            with loops(chunk // width) as (i,):
+                panel = c * (chunk // width) + i
+                _hidden_panel(sums, buffers, (k, chunk), panel, i, up.activation)
+            local = lambda row, p: buffers["inner"][row * chunk + p]  # noqa: E731
+            sums.add(n, local, buffers["w2"], c * chunk, chunk)
+        sums.finish(n, buffers.get("b2"), buffers.get("residual"))
         if norm is not None:
             norm.emit(buffers["y"], b * block, count, parallel=False)
 
