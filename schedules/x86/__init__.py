@@ -8,7 +8,7 @@ from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, make_kernel
-from tvmstruct.schedules.x86 import feed_forward, projected_attention
+from tvmstruct.schedules.x86 import feed_forward, projected_attention, streamed_attention
 from tvmstruct.schedules.x86.attention import Heads, attention
 from tvmstruct.schedules.x86.chain import chain
 from tvmstruct.schedules.x86.generic import schedule_generic
@@ -58,6 +58,8 @@ class X86Kernels:
     def attention(self, node, rows: int) -> Kernel:
         """Return fused attention for an `Attention` node; rows are its output rows."""
         heads = self._heads(node)
+        if (count := streamed_attention.ranges(heads, rows, self.threads)) > 1:
+            return streamed_attention.streamed_attention(heads, rows, count)
         work = node.heads * node.key_length * (node.head_dim + node.value_dim)
         return make_kernel("attention", heads.key, lambda: attention(heads), work=work)
 

@@ -15,7 +15,8 @@ from tvm.tirx import PrimFunc
 
 from tvmstruct.schedules import builder
 from tvmstruct.schedules.registry import KERNEL
-from tvmstruct.schedules.x86.attention_tile import Operands, Problem, Tile, View
+from tvmstruct.schedules.x86.attention_tile import Operands, Problem, View
+from tvmstruct.schedules.x86.query_tile import declare_tile
 from tvmstruct.targets import Isa
 
 PARALLEL_FLOPS = 500_000  # some 5 us on one core: below, waking a second one costs more
@@ -170,7 +171,7 @@ def _emit_tile(h: Heads, buffers: dict, batch: Expr, head: Expr, tile: Expr) -> 
     out = View(buffers["out"], batch * h.query_length + start, head * h.width)
     operands = h.operands(buffers, batch, head, start, out)
     emit_ragged(
-        problem, tile, lambda queries: Tile.declare(problem, operands, start, queries).attend()
+        problem, tile, lambda queries: declare_tile(problem, operands, start, queries).attend()
     )
 
 

@@ -19,9 +19,10 @@ from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention import Heads, emit_ragged
-from tvmstruct.schedules.x86.attention_tile import Tile, View
+from tvmstruct.schedules.x86.attention_tile import View
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, panel_width
 from tvmstruct.schedules.x86.partial_sums import PartialSums
+from tvmstruct.schedules.x86.query_tile import declare_tile
 
 BLOCK = 128  # rows of a task: enough to reuse the projection's weights, few enough for the cache
 LEAST_BLOCK = 32  # fewer rows read the weights too often
@@ -160,5 +161,5 @@ def _emit_head(
         emit_ragged(
             problem,
             at // problem.tile,
-            lambda queries: Tile.declare(problem, operands, at, queries).attend(),
+            lambda queries: declare_tile(problem, operands, at, queries).attend(),
         )

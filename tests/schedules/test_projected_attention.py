@@ -35,7 +35,7 @@ def heads_of(isa, size, **options):
 
 
 @every_isa
-@pytest.mark.parametrize(("size", "norm"), zip(SIZES, (None, 1e-3) * 2, strict=True), ids=str)
+@pytest.mark.parametrize(("size", "norm"), list(zip(SIZES, (None, 1e-3) * 2, strict=True)), ids=str)
 def test_every_choice_computes_the_same(isa, size, norm, rng):
     batch, heads, queries, keys, dim, value_dim = size
     mask = {"mask": "keys"} if norm else {"causal": True}
