@@ -95,7 +95,7 @@ class Heads:
             "v": builder.argument("v", (key_rows, self.v_layout[0])),
         }
         if self.mask != "none":
-            buffers["mask"] = builder.argument("mask", self._mask_shape())
+            buffers["mask"] = builder.argument("mask", self.mask_shape())
         return buffers
 
     def operands(self, buffers: dict, batch: Expr, head: Expr, start: Expr, out: View) -> Operands:
@@ -107,10 +107,10 @@ class Heads:
             View(buffers["k"], key_row, shared * self.head_dim + self.k_layout[1]),
             View(buffers["v"], key_row, shared * self.width + self.v_layout[1]),
             out,
-            self._mask_view(buffers, batch, head, start),
+            self.mask_view(buffers, batch, head, start),
         )
 
-    def _mask_shape(self) -> tuple:
+    def mask_shape(self) -> tuple:
         """Return the mask's shape; its batch is a variable of its own or 1."""
         if self.mask == "keys":
             return builder.symbol("mask_batch"), self.key_length
@@ -119,7 +119,8 @@ class Heads:
         dims[0] = builder.symbol("mask_batch") if dims[0] is None else 1
         return (*dims, self.key_length)
 
-    def _mask_view(self, buffers: dict, batch: Expr, head: Expr, start: Expr) -> View | None:
+    def mask_view(self, buffers: dict, batch: Expr, head: Expr, start: Expr) -> View | None:
+        """Return the mask of a tile that starts at query ``start``, None without a mask."""
         if self.mask == "none":
             return None
         if self.mask == "keys":

@@ -66,6 +66,7 @@ class Problem:
     by_query: bool = False
     causal: bool = False
     most_keys: int = CHUNK  # in a chunk
+    in_parts: bool = False  # whether the sums are divided apart, even after a single chunk
 
     @property
     def lanes(self) -> int:
@@ -101,7 +102,7 @@ class Problem:
     @property
     def one_chunk(self) -> bool:
         """Whether the running maximum is the maximum."""
-        return self.chunk >= self.key_length
+        return self.chunk >= self.key_length and not self.in_parts
 
     @property
     def narrow(self) -> bool:
