@@ -216,7 +216,7 @@ def test_an_array_file_must_be_an_array(model, onnx_file, tmp_path, call):
 def tiny(model, monkeypatch):
     """The fake compiler, ready for the built-in model that ``TINY`` names."""
     config = models.parse(TINY.removeprefix("random:"))
-    inputs = [(entry.name, entry.dims) for entry in config.inputs_of()]
+    inputs = [(entry.name, entry.dims) for entry in config.specs()]
     model.inputs = [SimpleNamespace(name=n, dtype="int64", shape=s) for n, s in inputs]
     monkeypatch.setattr(models, "source", lambda config: ("built in", config))
     return SimpleNamespace(model=model, config=config)

@@ -62,7 +62,7 @@ class Bert(Config):
         super().__post_init__()
         check_heads(self, self.hidden, self.heads)
 
-    def inputs_of(self) -> tuple[Input, ...]:
+    def specs(self) -> tuple[Input, ...]:
         """Return ids, mask and types; or hidden states and mask."""
         shape = ("batch", "sequence")
         mask = Input(MASK, shape, below=2)

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from tvmstruct.errors import InputError
-from tvmstruct.models.graph import GraphBuilder
+from tvmstruct.models.graph import GraphBuilder, check_seed
 
 AXES = {"seq": "sequence length", "hidden": "hidden size", "ffn": "feed-forward size"}
 MASK = "attention_mask"
@@ -78,7 +78,7 @@ class Config(ABC):
                 )
 
     @abstractmethod
-    def inputs_of(self) -> tuple[Input, ...]:
+    def specs(self) -> tuple[Input, ...]:
         """Return the inputs in the model's order."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Config(ABC):
     def graph(self) -> GraphBuilder:
         """Return the model as a graph whose weights are declared only."""
         graph = GraphBuilder(self.name)
-        for entry in self.inputs_of():
+        for entry in self.specs():
             graph.input(entry.name, entry.dims, "int64" if entry.below else "float32")
         self.write(graph)
         return graph
@@ -122,13 +122,13 @@ class Config(ABC):
         sizes = self.sizes(batch)
         return {
             entry.name: tuple(d if isinstance(d, int) else sizes[d] for d in entry.dims)
-            for entry in self.inputs_of()
+            for entry in self.specs()
         }
 
     def inputs(self, batch: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
         """Return random inputs, the same for the same seed: ids in range, masks with padding."""
-        rng, shapes = np.random.default_rng(seed), self.shapes(batch)
-        return {entry.name: entry.draw(shapes[entry.name], rng) for entry in self.inputs_of()}
+        rng, shapes = np.random.default_rng(check_seed(seed)), self.shapes(batch)
+        return {entry.name: entry.draw(shapes[entry.name], rng) for entry in self.specs()}
 
 
 def check_heads(config: Config, hidden: int, heads: int) -> None:

@@ -10,7 +10,7 @@ from math import prod, sqrt
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from tvmstruct.errors import ModelError
+from tvmstruct.errors import InputError, ModelError
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu
 MOST_BYTES = (1 << 31) - (1 << 20)  # what a protobuf message can hold, less a little for nodes
@@ -103,11 +103,18 @@ class GraphBuilder:
         for name, array in self.constants.items():
             model.graph.initializer.append(numpy_helper.from_array(array, name))
         for name, weight in self.weights.items():
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            rng = np.random.default_rng([check_seed(seed), zlib.crc32(name.encode())])
             tensor = model.graph.initializer.add(name=name, dims=weight.shape)
             tensor.data_type = TensorProto.FLOAT
             tensor.raw_data = weight.fill(rng).tobytes()
         return model
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed``, or say that numpy takes none below 0."""
+    if seed < 0:
+        raise InputError(f"seed is {seed}, want 0 or more")
+    return seed
 
 
 def _value(name: str, dims: Dims, dtype: str) -> ValueInfoProto:

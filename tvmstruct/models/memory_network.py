@@ -37,7 +37,7 @@ class MemoryNetwork(Config):
     axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"seq": ("keys",), "hidden": ("hidden",)}
     shrink: ClassVar[str] = "take fewer keys=, or pass the memory as inputs with stored=False"
 
-    def inputs_of(self) -> tuple[Input, ...]:
+    def specs(self) -> tuple[Input, ...]:
         """Return the queries, and the memory unless it is stored."""
         asked = Input("queries", ("queries", self.hidden))
         shape = ("memories", self.hidden)

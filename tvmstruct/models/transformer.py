@@ -65,7 +65,7 @@ class Transformer(Config):
                 "cosine; take an even size, or embeddings=False"
             )
 
-    def inputs_of(self) -> tuple[Input, ...]:
+    def specs(self) -> tuple[Input, ...]:
         """Return source, mask and target, as ids or hidden states."""
         source, target = ("batch", "source"), ("batch", "target")
         mask = Input(MASK, source, below=2)
