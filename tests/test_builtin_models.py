@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,7 @@ from scipy.special import erf
 
 import tvmstruct
 from tests.models import run_onnx
-from tvmstruct import models
+from tvmstruct import cli, models
 from tvmstruct.arrays import ALIGNMENT
 from tvmstruct.errors import InputError, ModelError
 from tvmstruct.frontends.huggingface import BERT_NAMES
@@ -186,6 +188,14 @@ def test_a_target_is_read_from_left_to_right():
     before, after = run_onnx(model, inputs)[0], run_onnx(model, other)[0]
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert (before[:, 4:] != after[:, 4:]).all(axis=-1).all()
+
+
+def test_the_command_line_runs_them(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["run", f"random:{CASES['bert']}", "--json"])
+    assert not exit_info.value.code
+    (output,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert (output["name"], output["shape"]) == ("last_hidden_state", [1, 7, 32])
 
 
 def test_batch_and_lengths_are_dynamic():
