@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tvmstruct
-from tvmstruct import cli, progress
+from tvmstruct import cli, models, progress
 from tvmstruct.errors import InputError, ModelError
 
 
@@ -212,6 +212,83 @@ def test_an_array_file_must_be_an_array(model, onnx_file, tmp_path, call):
     assert (result.code, "not an .npy file" in result.err) == (1, True)
 
 
+@pytest.fixture
+def tiny(model, monkeypatch):
+    """The fake compiler, ready for the built-in model that ``TINY`` names."""
+    config = models.parse(TINY.removeprefix("random:"))
+    inputs = [(entry.name, entry.dims) for entry in config.specs()]
+    model.inputs = [SimpleNamespace(name=n, dtype="int64", shape=s) for n, s in inputs]
+    monkeypatch.setattr(models, "source", lambda config: ("built in", config))
+    return SimpleNamespace(model=model, config=config)
+
+
+TINY = "random:bert-s4x?layers=1&seq=3&hidden=8&heads=2&ffn=5&vocabulary=11"
+
+
+def test_run_makes_a_built_in_model_and_its_inputs(tiny, call):
+    result = call("run", TINY)
+    assert result.code == 0
+    assert tiny.model.options["source"] == ("built in", tiny.config)
+    for name, array in tiny.config.inputs().items():
+        np.testing.assert_array_equal(tiny.model.feeds[name], array)
+
+
+def test_run_takes_other_inputs_for_a_built_in_model(tiny, call):
+    assert call("run", TINY, "--random", "input_ids=2x5").code == 0
+    assert {name: a.shape for name, a in tiny.model.feeds.items()} == {"input_ids": (2, 5)}
+
+
+def test_a_built_in_model_is_compiled_for_its_own_shape(tiny, tmp_path, call):
+    assert call("compile", TINY, "-o", tmp_path / "out.tvms").code == 0
+    assert tiny.model.buckets == [tiny.config.shapes()]
+    assert call("report", TINY, "--shape", "input_ids=2x7").code == 0
+    assert tiny.model.buckets[1] == dict.fromkeys(tiny.config.shapes(), (2, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bart", "no built-in model 'bart'; there are: memory-network, memory-network-s4x"),
+        ("bert?depth=2", "unknown option 'depth'; known: seq, hidden, ffn, heads, layers"),
+        ("bert?layers", "'layers' is no option; want bert?key=value&key=value"),
+        ("bert?layers=two", "layers is 'two', want an integer"),
+        ("bert?embeddings=maybe", "embeddings is 'maybe', want true or false"),
+        ("bert?layers=1&layers=2", "option 'layers' comes twice"),
+        ("bert?heads=7", "hidden 1024 is no multiple of heads 7"),
+    ],
+)
+def test_a_wrong_built_in_model_is_misuse(call, name, message):
+    for command in (["run", f"random:{name}"], ["models", name]):
+        result = call(*command)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_models_lists_every_model(call):
+    rows = json.loads(call("models", "--json").out)["models"]
+    assert [row["name"] for row in rows] == list(models.names())
+    assert rows[0]["inputs"]["keys"] == [100_000, 64]
+    table = call("models").out
+    assert all(row["name"] in table for row in rows)
+
+
+def test_models_writes_one(tmp_path, call):
+    out = tmp_path / "tiny.onnx"
+    result = call("models", TINY, "-o", out, "--seed", "3", "--json")
+    config = models.parse(TINY.removeprefix("random:"))
+    assert json.loads(result.out)["models"][0]["parameters"] == config.params
+    assert out.read_bytes() == models.build(config, 3).SerializeToString()
+
+
+def test_models_must_know_which_to_write(tmp_path, call):
+    result = call("models", "-o", tmp_path / "x.onnx")
+    assert (result.code, "say which" in result.err) == (2, True)
+
+
+def test_a_model_too_large_for_onnx_is_an_error(tmp_path, call):
+    result = call("models", "bert?layers=99", "-o", tmp_path / "x.onnx")
+    assert (result.code, "take fewer layers" in result.err) == (1, True)
+
+
 def test_complete_fills_what_the_symbols_fix():
     assert cli.complete({"input_ids": (8, 128)}, FakeModel.inputs) == TWO
     with pytest.raises(InputError, match="dimension length of input_ids is open"):
@@ -225,7 +302,9 @@ def test_default_buckets_of_fixed_inputs_are_one():
     assert cli.default_buckets(fixed) == [{"x": (4, 3)}]
 
 
-@pytest.mark.parametrize("command", [[], ["compile"], ["run"], ["report"], ["demo"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["compile"], ["run"], ["report"], ["models"], ["demo"]], ids=str
+)
 def test_help_has_an_example(command, call):
     result = call(*command, "--help")
     assert result.code == 0

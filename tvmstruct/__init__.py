@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tvmstruct import models
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
     from tvmstruct.model import CompiledModel
@@ -53,6 +54,7 @@ __all__ = [
     "from_relax",
     "from_torch",
     "load",
+    "models",
     "resolve_target",
     "tune",
 ]
@@ -60,11 +62,13 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: ``--help`` must not wait for TVM."""
-    if name not in _HOME:
+    if name not in _HOME and name != "models":
         raise AttributeError(f"module 'tvmstruct' has no attribute {name!r}")
     from tvmstruct.threads import configure
 
     configure()  # TVM reads its thread variables once, so before anything imports it
+    if name == "models":
+        return importlib.import_module("tvmstruct.models")
     target = "resolve" if name == "resolve_target" else name
     value = getattr(importlib.import_module(f"tvmstruct.{_HOME[name]}"), target)
     globals()[name] = value

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvmstruct.errors import InputError, PlanError, TvmstructError
+from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 
 if TYPE_CHECKING:
+    from tvmstruct.models import Config
     from tvmstruct.sentence import Spec
 
 Shape = tuple[int, ...]
@@ -32,17 +34,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+BUILT_IN = "or a built-in model such as 'random:bert?layers=2' (see tvmstruct models)"
+
 Model = Annotated[
-    Path,
+    ModelArgument,
     typer.Argument(
         metavar="MODEL",
-        exists=True,
-        help="An .onnx file, a Hugging Face folder, or a compiled .tvms file.",
+        parser=parse_model,
+        help=f"An .onnx file, a Hugging Face folder, a compiled .tvms file, {BUILT_IN}.",
     ),
 ]
 SourceModel = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", exists=True, help="An .onnx file or a Hugging Face folder."),
+    ModelArgument,
+    typer.Argument(
+        metavar="MODEL",
+        parser=parse_model,
+        help=f"An .onnx file, a Hugging Face folder, {BUILT_IN}.",
+    ),
 ]
 Target = Annotated[str, typer.Option(help="Where the model will run: host, or llvm -mcpu=<name>.")]
 Plan = Annotated[
@@ -105,14 +113,15 @@ def compile_model(
     as_json: AsJson = False,
 ) -> None:
     """Compile MODEL for some shapes and save it as one file."""
-    if model.suffix == ".tvms":
+    if model.compiled:
         raise typer.BadParameter(f"{model} is compiled already; give its .onnx file or folder")
     _check_folder(output)
     from tvmstruct.progress import working
 
     started = time.perf_counter()
     compiled = _open(model, target, plan, threads, precision)
-    buckets = _compile_buckets(compiled, _parse_shapes(shape))
+    wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)
+    buckets = _compile_buckets(compiled, wanted)
     with working(f"writing {output}"):
         compiled.save(output)
     size, seconds = output.stat().st_size, round(time.perf_counter() - started, 3)
@@ -156,12 +165,15 @@ def run(
     from tvmstruct.progress import working
 
     files, shapes = _named(inputs, "--input"), _merge(_parse_shapes(random, "--random"))
-    if not files and not shapes:
+    made_up = model.config is not None and not files and not shapes
+    if not files and not shapes and not made_up:
         raise typer.BadParameter("give the inputs: --input NAME=FILE.npy or --random NAME=AxB")
     _check_folder(output)
     compiled = _open(model, target, None, threads)
     feeds = {name: _read_array(name, Path(file)) for name, file in files}
     feeds |= _random_arrays(compiled.inputs, shapes)
+    if made_up:
+        feeds = model.config.inputs()
     with working(f"running {model}"):
         results = compiled.run(feeds)
     if output is not None:
@@ -192,12 +204,12 @@ def report(
     """Say for every layer of MODEL what it became, what it costs, and why."""
     _check_folder(html)
     compiled = _open(model, target, plan, threads, precision)
-    if model.suffix != ".tvms":
-        wanted = _parse_shapes(shape)
-        _compile_buckets(compiled, wanted or default_buckets(compiled.inputs)[-1:])
+    if not model.compiled:
+        wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)[-1:]
+        _compile_buckets(compiled, wanted)
     found = compiled.report(measure=True) if measure else compiled.report()
     if html is not None:
-        title = f"<!doctype html><meta charset=utf-8><title>{model.name}</title>"
+        title = f"<!doctype html><meta charset=utf-8><title>{Path(model.text).name}</title>"
         html.write_text(title + found._repr_html_(), encoding="utf-8")
     if as_json:
         typer.echo(found.to_json())
@@ -239,8 +251,8 @@ def tune(
     with working(f"reading {model}"):
         import tvmstruct
 
-        source = tvmstruct.from_pretrained(model) if model.is_dir() else tvmstruct.from_onnx(model)
-    wanted = _parse_shapes(shape) or default_buckets(source.inputs)
+        source = model.source()
+    wanted = _parse_shapes(shape) or _own_buckets(model, source.inputs)
     report = tvmstruct.tune(
         source,
         target,
@@ -270,6 +282,60 @@ def _tracker(address: str | None, key: str | None) -> tuple[str, int, str] | Non
     return host, int(port), key
 
 
+@app.command(
+    "models",
+    epilog="Example: tvmstruct models 'bert-s4x?layers=1&seq=64' -o bert.onnx; or, without a file, "
+    "tvmstruct report 'random:bert-s4x?layers=1&seq=64'",
+)
+def list_models(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="One model, with options after ? as key=value&...."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The .onnx file to write NAME to.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show the built-in models, which have random weights, or write one as ONNX."""
+    if output is not None and name is None:
+        raise typer.BadParameter("-o writes one model: say which, as in tvmstruct models bert -o")
+    _check_folder(output)
+    from tvmstruct import models
+
+    try:
+        wanted = list(models.names()) if name is None else [name.removeprefix(PREFIX)]
+        configs = {text: models.parse(text) for text in wanted}
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+    if output is not None:
+        _write_random(configs[wanted[0]], seed, output)
+    rows = [_model_row(text, config) for text, config in configs.items()]
+    if as_json:
+        _print_json({"models": rows})
+    else:
+        _print_table([row | {"inputs": _described(row["inputs"])} for row in rows])
+
+
+def _write_random(config: Config, seed: int, output: Path) -> None:
+    from tvmstruct import models
+    from tvmstruct.progress import working
+
+    with working(f"writing {output}"):
+        output.write_bytes(models.build(config, seed).SerializeToString())
+
+
+def _model_row(text: str, config: Config) -> dict[str, Any]:
+    """Return a row of the table of built-in models."""
+    inputs = {name: list(shape) for name, shape in config.shapes().items()}
+    return {"name": text, "what": config.title, "parameters": config.params, "inputs": inputs}
+
+
+def _described(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
 @app.command(epilog="Example: tvmstruct demo --json > demo.json")
 def demo(as_json: AsJson = False) -> None:
     """Compile a real sentence encoder, check it and compare its speed with ONNX Runtime."""
@@ -289,20 +355,23 @@ def _check_folder(output: Path | None) -> None:
 
 
 def _open(
-    path: Path, target: str, plan: Path | None, threads: int | None, precision: str = "f32"
+    model: ModelArgument,
+    target: str,
+    plan: Path | None,
+    threads: int | None,
+    precision: str = "f32",
 ) -> Any:
-    """Return the CompiledModel of an .onnx file, a Hugging Face folder or a .tvms file."""
+    """Return the CompiledModel of MODEL, whatever it names."""
     from tvmstruct.progress import working
 
-    with working(f"reading {path}"):
+    with working(f"reading {model}"):
         import tvmstruct
 
-        if path.suffix == ".tvms":
-            return tvmstruct.load(path)
-        source = tvmstruct.from_pretrained(path) if path.is_dir() else tvmstruct.from_onnx(path)
+        if model.compiled:
+            return tvmstruct.load(model.path)
         options = {} if precision == "f32" else {"precision": precision}
         return tvmstruct.compile(
-            source, target, plan=plan and _read_plan(plan), threads=threads, **options
+            model.source(), target, plan=plan and _read_plan(plan), threads=threads, **options
         )
 
 
@@ -314,15 +383,19 @@ def _read_plan(path: Path) -> Any:
 
 
 def _compile_buckets(compiled: Any, wanted: list[Shapes]) -> list[Shapes]:
-    """Compile ``compiled`` for every bucket, or the default ones, and return them in full."""
+    """Compile ``compiled`` for every bucket and return them in full."""
     from tvmstruct.progress import working
 
-    given = wanted or default_buckets(compiled.inputs)
-    buckets = [complete(bucket, compiled.inputs) for bucket in given]
+    buckets = [complete(bucket, compiled.inputs) for bucket in wanted]
     for number, bucket in enumerate(buckets, 1):
         with working(f"compiling {_describe(bucket)} ({number} of {len(buckets)})"):
             compiled.compile_bucket(bucket)
     return buckets
+
+
+def _own_buckets(model: ModelArgument, inputs: Sequence[Spec]) -> list[Shapes]:
+    """Return the shape that a built-in model is configured for, or the default buckets."""
+    return default_buckets(inputs) if model.config is None else [model.config.shapes()]
 
 
 def default_buckets(inputs: Sequence[Spec]) -> list[Shapes]:

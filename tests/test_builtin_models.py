@@ -1,0 +1,352 @@
+"""The built-in models: the numbers of the paper's equations, sizes, seeds and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from scipy.special import erf
+
+import tvmstruct
+from tests.models import run_onnx
+from tvmstruct import cli, models
+from tvmstruct.arrays import ALIGNMENT
+from tvmstruct.errors import InputError, ModelError
+from tvmstruct.frontends.huggingface import BERT_NAMES
+from tvmstruct.models.graph import MOST_BYTES
+from tvmstruct.testing import tolerance
+
+SMALL = "hidden=32&heads=2&ffn=48&seq=7"
+CASES = {
+    "bert": f"bert?{SMALL}&layers=2&vocabulary=50",
+    "bert, layers alone": f"bert?{SMALL}&layers=2&embeddings=false",
+    "transformer": f"transformer?{SMALL}&layers=2&vocabulary=50",
+    "transformer, layers alone": f"transformer?{SMALL}&layers=1&embeddings=false",
+    "memory network": "memory-network?keys=131&hidden=24&answers=17&queries=3",
+    "memory network, stored": "memory-network?keys=131&hidden=24&answers=17&stored=true",
+}
+
+
+def small(name: str, **options: int | bool) -> models.Config:
+    return models.config(name, **{"hidden": 32, "heads": 2, "ffn": 48, "seq": 7, **options})
+
+
+def arrays_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+class Reference:
+    """The models in float64 numpy, head by head, from the equations of NLP-Fast."""
+
+    def __init__(self, config: models.Config, arrays: dict[str, np.ndarray]) -> None:
+        self.config, self.arrays = config, arrays
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        run = {"bert": self.bert, "transformer": self.transformer, "memory-network": self.memory}
+        return run[self.config.name](inputs)
+
+    def get(self, name: str) -> np.ndarray:
+        return self.arrays[name].astype(np.float64)
+
+    def dense(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self.get(f"{name}.weight") + self.get(f"{name}.bias")
+
+    def norm(self, x: np.ndarray, name: str, epsilon: float) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+        return scaled * self.get(f"{name}.weight") + self.get(f"{name}.bias")
+
+    def multi_head(self, x, memory, keep, names) -> np.ndarray:
+        """Eq. 2 with scores over the root of the head size; ``keep`` is (batch, queries, keys)."""
+        query, key, value = (
+            self.dense(source, name)
+            for source, name in zip((x, memory, memory), names, strict=False)
+        )
+        size = self.config.hidden // self.config.heads
+        heads = []
+        for start in range(0, self.config.hidden, size):
+            q, k, v = (part[..., start : start + size] for part in (query, key, value))
+            scores = q @ k.swapaxes(1, 2) / np.sqrt(size)
+            heads.append(softmax(np.where(keep, scores, -np.inf)) @ v)
+        return self.dense(np.concatenate(heads, -1), names[3])
+
+    def bert(self, inputs) -> np.ndarray:
+        x = inputs.get("hidden")
+        if x is None:
+            x = self.get("embeddings.word_embeddings.weight")[inputs["input_ids"]]
+            x = x + self.get("embeddings.token_type_embeddings.weight")[inputs["token_type_ids"]]
+            x = x + self.get("embeddings.position_embeddings.weight")[: x.shape[1]]
+            x = self.norm(x, "embeddings.LayerNorm", 1e-12)
+        keep = inputs["attention_mask"][:, None, :] == 1
+        for i in range(self.config.layers):
+            at = f"encoder.layer.{i}"
+            names = [f"{at}.attention.self.{n}" for n in ("query", "key", "value")]
+            z = self.multi_head(x, x, keep, [*names, f"{at}.attention.output.dense"])
+            x = self.norm(x + z, f"{at}.attention.output.LayerNorm", 1e-12)
+            wide = self.dense(x, f"{at}.intermediate.dense")
+            wide = wide * (1 + erf(wide / np.sqrt(2))) / 2
+            x = self.norm(
+                x + self.dense(wide, f"{at}.output.dense"), f"{at}.output.LayerNorm", 1e-12
+            )
+        return x
+
+    def transformer(self, inputs) -> np.ndarray:
+        if self.config.embeddings:
+            x, y = (self.embed(inputs[name]) for name in ("input_ids", "decoder_input_ids"))
+        else:
+            x, y = inputs["hidden"], inputs["decoder_hidden"]
+        keep = inputs["attention_mask"][:, None, :] == 1
+        causal = np.tril(np.ones((1, y.shape[1], y.shape[1]), bool))
+        for i in range(self.config.layers):
+            at = f"encoder.layers.{i}"
+            x = self.attended(x, x, keep, f"{at}.self_attn")
+            x = self.fed_forward(x, at)
+        for i in range(self.config.layers):
+            at = f"decoder.layers.{i}"
+            y = self.attended(y, y, causal, f"{at}.self_attn")
+            y = self.attended(y, x, keep, f"{at}.encoder_attn")
+            y = self.fed_forward(y, at)
+        return y
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Words times sqrt(d), plus sin(p / 10000^(2i/d)) and cos in turns."""
+        d = self.config.hidden
+        x = self.get("shared.weight")[ids] * np.sqrt(d)
+        for p in range(ids.shape[1]):
+            for i in range(0, d, 2):
+                angle = p / 10000 ** (i / d)
+                x[:, p, i] += np.sin(angle)
+                x[:, p, i + 1] += np.cos(angle)
+        return x
+
+    def attended(self, x, memory, keep, at: str) -> np.ndarray:
+        names = [f"{at}.{n}_proj" for n in ("q", "k", "v", "out")]
+        return self.norm(x + self.multi_head(x, memory, keep, names), f"{at}_layer_norm", 1e-5)
+
+    def fed_forward(self, x: np.ndarray, at: str) -> np.ndarray:
+        wide = np.maximum(self.dense(x, f"{at}.fc1"), 0)
+        return self.norm(x + self.dense(wide, f"{at}.fc2"), f"{at}.final_layer_norm", 1e-5)
+
+    def memory(self, inputs) -> np.ndarray:
+        """Eq. 1 in each hop, its result added to the query; then the answer layer."""
+        stored = self.config.stored
+        keys = self.get("memory.keys") if stored else inputs["keys"].astype(np.float64)
+        values = self.get("memory.values") if stored else inputs["values"].astype(np.float64)
+        u = inputs["queries"].astype(np.float64)
+        for _ in range(self.config.hops):
+            u = u + softmax(u @ keys.T) @ values
+        return softmax(self.dense(u, "answer"))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("text", CASES.values(), ids=CASES)
+def test_numbers_are_those_of_the_paper_and_of_onnx_runtime(text):
+    pytest.importorskip("onnxruntime")
+    config = models.parse(text)
+    model = models.build(config, seed=4)
+    onnx.checker.check_model(model)
+    inputs = config.inputs(batch=3, seed=5)
+    want = Reference(config, arrays_of(model))(inputs)
+    bound = tolerance("float32", config.hidden)
+    np.testing.assert_allclose(run_onnx(model, inputs)[0], want, **bound)
+    compiled = tvmstruct.compile(models.source(config, seed=4), buckets="exact")
+    np.testing.assert_allclose(compiled(**inputs), want, **bound)
+    forms = [x.form for x in compiled.report().layers if x.name.startswith("attention.")]
+    assert forms == ["attention"] * attentions(config)  # every one fused
+
+
+def attentions(config: models.Config) -> int:
+    """Return how many attentions a model has: a decoder layer has two."""
+    counts = {"bert": 1, "transformer": 3}
+    return config.hops if config.name == "memory-network" else config.layers * counts[config.name]
+
+
+def test_padding_of_the_source_changes_nothing():
+    pytest.importorskip("onnxruntime")
+    config = small("transformer", layers=1, vocabulary=50)
+    model, inputs = models.build(config), config.inputs(batch=3)
+    hidden = inputs["attention_mask"] == 0
+    assert hidden.any(1).all()
+    other = inputs | {"input_ids": np.where(hidden, 1, inputs["input_ids"])}
+    assert (other["input_ids"] != inputs["input_ids"]).any()
+    np.testing.assert_array_equal(run_onnx(model, inputs)[0], run_onnx(model, other)[0])
+
+
+def test_a_target_is_read_from_left_to_right():
+    pytest.importorskip("onnxruntime")
+    config = small("transformer", layers=1, vocabulary=50)
+    model, inputs = models.build(config), config.inputs()
+    other = inputs | {"decoder_input_ids": inputs["decoder_input_ids"].copy()}
+    other["decoder_input_ids"][0, 4] += 1 if other["decoder_input_ids"][0, 4] < 49 else -1
+    before, after = run_onnx(model, inputs)[0], run_onnx(model, other)[0]
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert (before[:, 4:] != after[:, 4:]).all(axis=-1).all()
+
+
+def test_the_command_line_runs_them(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["run", f"random:{CASES['bert']}", "--json"])
+    assert not exit_info.value.code
+    (output,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert (output["name"], output["shape"]) == ("last_hidden_state", [1, 7, 32])
+
+
+def test_batch_and_lengths_are_dynamic():
+    config = small("transformer", layers=1, vocabulary=50)
+    model = tvmstruct.compile(models.source(config), buckets="exact")
+    assert [spec.shape for spec in model.inputs] == [
+        ("batch", "source"),
+        ("batch", "source"),
+        ("batch", "target"),
+    ]
+    ids = np.ones((2, 3), np.int64)
+    assert model(ids, decoder_input_ids=np.ones((2, 5), np.int64)).shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("name", ["bert", "transformer"])
+def test_activations_stay_normal_in_any_depth(name):
+    pytest.importorskip("onnxruntime")
+    config = small(name, layers=24, hidden=64, ffn=256, seq=33, vocabulary=100)
+    model = models.build(config)
+    out = run_onnx(model, config.inputs())[0]
+    assert 0.8 < out.std() < 1.25
+    assert np.abs(out).max() < 10
+    for array in arrays_of(model).values():
+        small_values = np.abs(array[array != 0]).min(initial=1)
+        assert small_values >= np.finfo(np.float32).tiny
+
+
+def test_the_answers_of_a_memory_network_are_probabilities():
+    config = models.config("memory-network", keys=5000, queries=2)
+    out = run_onnx(models.build(config), config.inputs(batch=2))[0]
+    assert out.shape == (4, 1000)
+    np.testing.assert_allclose(out.sum(1), 1, rtol=1e-5)
+
+
+def test_the_memory_is_one_input_and_is_not_copied():
+    config = models.config("memory-network", keys=3000)
+    model = tvmstruct.compile(models.source(config), buckets="exact")
+    inputs = config.inputs()
+    model.run(inputs)
+    bucket = model.buckets[tuple(inputs[s.name].shape for s in model.inputs)]
+    own = [bucket._runner().tensor(i, inputs[s.name])[1] for i, s in enumerate(model.inputs)]
+    assert own == [True, True, True]
+
+
+def test_base_sizes_are_those_of_table_iv():
+    memory, transformer, bert = map(models.config, models.MODELS)
+    assert (memory.hidden, memory.hops, memory.queries) == (64, 3, 1)
+    for config in (transformer, bert):
+        sizes = (config.seq, config.hidden, config.ffn, config.hidden // config.heads)
+        assert sizes == (256, 1024, 4096, 64)
+    assert (transformer.layers, bert.layers) == (6, 24)
+    assert bert.params == pytest.approx(334e6, rel=0.01)  # BERT-large without its pooler
+    paper = models.config("memory-network", keys=100_000_000)
+    assert paper.shapes()["keys"] == (100_000_000, 64)
+
+
+def test_a_variant_is_four_times_one_size():
+    for suffix, axis in models.VARIANTS.items():
+        for name in ("bert", "transformer"):
+            variant, base = models.config(f"{name}-{suffix}"), models.config(name)
+            layers = base.variant["layers"]
+            assert variant == models.config(name, layers=layers).scaled(axis, 4)
+            assert variant.hidden // variant.heads == 64
+    assert models.config("bert-s4x").seq == 1024
+    assert models.config("bert-h4x", layers=1).hidden == 4096
+    assert models.config("transformer-f4x").ffn == 16384
+    assert models.config("memory-network-s4x").shapes()["values"] == (400_000, 64)
+    assert models.config("memory-network-h4x").hidden == 256
+
+
+def test_every_name_fits_into_one_message():
+    names = list(models.names())
+    assert len(names) == len(set(names)) == 11
+    assert all(4 * models.config(name).params < MOST_BYTES for name in names)
+
+
+@pytest.mark.parametrize("text", CASES.values(), ids=CASES)
+def test_parameters_are_counted(text):
+    config = models.parse(text)
+    arrays = arrays_of(models.build(config))
+    assert config.params == sum(a.size for n, a in arrays.items() if "constant" not in n)
+
+
+def test_a_seed_and_a_name_decide_a_weight():
+    shallow, deep = (small("bert", layers=n, vocabulary=50) for n in (1, 2))
+    first, again = models.build(shallow, 1), models.build(shallow, 1)
+    assert first.SerializeToString() == again.SerializeToString()
+    deeper, other = arrays_of(models.build(deep, 1)), arrays_of(models.build(shallow, 2))
+    name = "encoder.layer.0.attention.self.query.weight"
+    np.testing.assert_array_equal(arrays_of(first)[name], deeper[name])
+    assert (arrays_of(first)[name] != other[name]).all()
+    assert (deeper[name] != deeper[name.replace("query", "key")]).all()
+
+
+def test_weights_are_called_as_by_hugging_face():
+    arrays = arrays_of(models.build(small("bert", layers=1, vocabulary=50)))
+    at = BERT_NAMES.layer.format(0)
+    parts = {n for n in vars(BERT_NAMES).values() if n != BERT_NAMES.layer}
+    assert {f"{at}{part}.{kind}" for part in parts for kind in ("weight", "bias")} <= set(arrays)
+
+
+def test_inputs_are_random_reproducible_and_in_range():
+    config = small("bert", vocabulary=50)
+    inputs, again, other = config.inputs(4), config.inputs(4), config.inputs(4, seed=1)
+    assert {n: a.shape for n, a in inputs.items()} == config.shapes(4)
+    assert {a.ctypes.data % ALIGNMENT for a in inputs.values()} == {0}
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(array, again[name])
+    assert (inputs["input_ids"] != other["input_ids"]).any()
+    assert inputs["input_ids"].min() >= 0
+    assert inputs["input_ids"].max() < 50
+    mask = inputs["attention_mask"]
+    assert (mask[:, :4] == 1).all()
+    assert (mask.sum(1) < 7).all()
+    assert small("bert", seq=1).inputs()["attention_mask"].tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.config("bert-s8x"), "no built-in model 'bert-s8x'; there are: memory"),
+        (lambda: models.config("bert", depth=2), "unknown option 'depth'; known: seq, hidden"),
+        (lambda: models.config("bert", seq=0), "seq is 0, want an integer of 1 or more"),
+        (lambda: models.config("bert", seq=2.5), "seq is 2.5, want an integer"),
+        (lambda: models.config("bert", layers=True), "layers is True, want an integer"),
+        (lambda: models.config("bert", embeddings=1), "embeddings is 1, want True or False"),
+        (lambda: models.config("bert", heads=3), "no multiple of heads 3; heads=2 would divide"),
+        (lambda: models.config("transformer", heads=7), "no multiple of heads 7; heads=4"),
+        (lambda: models.config("transformer", hidden=9, heads=3), "hidden 9 is odd"),
+        (lambda: models.config("memory-network-f4x"), "memory-network has no feed-forward size"),
+        (lambda: models.config("bert").scaled("depth", 4), "unknown axis 'depth'; known: seq"),
+        (lambda: models.config("bert").scaled("seq", 0), "seq is 0"),
+        (lambda: models.config("bert").shapes(0), "batch is 0, want 1 or more"),
+        (lambda: models.build(models.config("bert"), -1), "seed is -1, want 0 or more"),
+        (lambda: models.config("bert").inputs(seed=-1), "seed is -1, want 0 or more"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_refusals_name_the_value_and_the_fix(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fix"),
+    [
+        ("bert-h4x", {"layers": 24}, "10.2 GB .* take fewer layers, such as layers=2"),
+        ("transformer-h4x", {"layers": 6}, "GB .* take fewer layers, such as layers=1"),
+        ("memory-network", {"keys": 10**8, "stored": True}, "51.2 GB .* stored=False"),
+    ],
+)
+def test_a_model_over_the_limit_of_onnx_is_refused_before_it_is_made(name, options, fix):
+    with pytest.raises(ModelError, match=fix):
+        models.build(models.config(name, **options))
