@@ -60,6 +60,7 @@ class X86Kernels:
             for name in (
                 "heads", "head_dim", "value_dim", "query_length", "key_length", "scale",
                 "q_layout", "k_layout", "v_layout", "mask", "mask_dims",
+                "causal", "kv_heads",
             )
         }  # fmt: skip
         work = node.heads * node.key_length * (node.head_dim + node.value_dim)

@@ -42,6 +42,7 @@ def attention(
     mask: str = "none",
     mask_dims: Collection[str] = ("batch", "queries"),
     causal: bool = False,
+    kv_heads: int = 0,
 ) -> PrimFunc:
     """Return the kernel ``(q, k, v[, mask], out)`` for a symbolic batch.
 
@@ -50,17 +51,21 @@ def attention(
     is (batch * query_length, heads * value_dim). The mask is added to the scaled scores:
     "keys" is (batch, key_length), "full" is (batch, heads, query_length, key_length) with
     extent 1 for what is not in ``mask_dims``. ``causal`` hides key j from query i < j. A row
-    whose scores are all -inf gives zeros.
+    whose scores are all -inf gives zeros. With ``kv_heads`` (0: one for each head) query head h
+    reads key and value head ``h // (heads // kv_heads)``.
     """
     if mask not in ("none", "keys", "full"):
         raise ValueError(f'attention: mask is "{mask}", want "none", "keys" or "full"')
     if unknown := set(mask_dims) - set(MASK_DIMS):
         raise ValueError(f"attention: unknown mask_dims {sorted(unknown)}, known: {MASK_DIMS}")
+    if heads % (kv_heads or heads):
+        raise ValueError(f"attention: {heads} heads cannot share {kv_heads} key and value heads")
     value_dim = head_dim if value_dim is None else value_dim
     problem = _Problem(
         isa, heads, head_dim, value_dim, query_length, key_length, scale,
         {"q": q_layout[1], "k": k_layout[1], "v": v_layout[1]},
         mask, frozenset(mask_dims) if mask == "full" else frozenset(("batch",)), causal,
+        heads // (kv_heads or heads),
     )  # fmt: skip
     widths = {"q": q_layout[0], "k": k_layout[0], "v": v_layout[0]}
 
@@ -94,6 +99,7 @@ class _Problem:
     mask: str
     mask_dims: frozenset[str]
     causal: bool
+    group: int  # query heads that read one key and value head
 
     @property
     def lanes(self) -> int:
@@ -292,7 +298,7 @@ def _emit_scores(tile: _Tile, key: Expr, count: Expr) -> None:
 def _emit_score_tile(tile: _Tile, key: Expr, local: Expr, size: int) -> None:
     """Emit the scores of ``size`` keys: one register for each key and query vector."""
     p, lanes = tile.problem, tile.lanes
-    k, column = tile.buffers["k"], tile.head * p.head_dim + p.offsets["k"]
+    k, column = tile.buffers["k"], tile.head // p.group * p.head_dim + p.offsets["k"]
     row = tile.batch * p.key_length + key + local
     sums = [_registers(lanes, size) for _ in range(tile.vectors)]
     for v in range(tile.vectors):
@@ -388,7 +394,7 @@ def _emit_sum_tile(
     """Emit ``size`` queries times a few vectors of the value, all in registers."""
     p, v, out = tile.problem, tile.buffers["v"], tile.buffers["out"]
     row = tile.batch * p.key_length + key
-    column = tile.head * p.value_dim + p.offsets["v"]
+    column = tile.head // p.group * p.value_dim + p.offsets["v"]
     sums = [_registers(n, size) for _, n in pieces]
     for i in range(size):
         for (first, n), registers in zip(pieces, sums, strict=True):

@@ -63,8 +63,8 @@ def run(isa, q, k, v, *, scale=0.3, mask=None, kind="none", **options):
     (batch, heads, length, dim), value_dim = q.shape, v.shape[3]
     func = attention(
         isa, heads=heads, head_dim=dim, value_dim=value_dim, query_length=length,
-        key_length=k.shape[2], q_layout=(heads * dim, 0), k_layout=(heads * dim, 0),
-        v_layout=(heads * value_dim, 0), scale=scale, mask=kind, **options,
+        key_length=k.shape[2], q_layout=(heads * dim, 0), k_layout=(k.shape[1] * dim, 0),
+        v_layout=(k.shape[1] * value_dim, 0), scale=scale, mask=kind, **options,
     )  # fmt: skip
     arrays = [as_rows(q), as_rows(k), as_rows(v), *([] if mask is None else [mask])]
     out = tvm.runtime.tensor(np.full((batch * length, heads * value_dim), 7, "float32"))
@@ -144,6 +144,18 @@ def test_causal(isa, queries, keys):
     got = run(isa, q, k, v, causal=True, mask=mask, kind="keys")
     want = reference(q, k, v, 0.3, mask[:, None, None], causal=True)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+@every_isa
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_query_heads_share_key_and_value_heads(isa, kv_heads):
+    heads, queries, keys = 6, 5, 13
+    q, k, v = random_heads(
+        (2, heads, queries, 20), (2, kv_heads, keys, 20), (2, kv_heads, keys, 12)
+    )
+    got = run(isa, q, k, v, kv_heads=kv_heads)
+    shared = [np.repeat(x, heads // kv_heads, axis=1) for x in (k, v)]
+    np.testing.assert_allclose(got, reference(q, *shared, 0.3), atol=TOLERANCE)
 
 
 @every_isa
@@ -244,5 +256,7 @@ def test_rejects_unknown_masks():
     layouts = {"q_layout": layout, "k_layout": layout, "v_layout": layout}
     with pytest.raises(ValueError, match='mask is "rows", want'):
         attention(isa, **sizes, **layouts, mask="rows")
+    with pytest.raises(ValueError, match="1 heads cannot share 2 key and value heads"):
+        attention(isa, **sizes, **layouts, kv_heads=2)
     with pytest.raises(ValueError, match="unknown mask_dims"):
         attention(isa, **sizes, **layouts, mask="full", mask_dims=("keys",))
