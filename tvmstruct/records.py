@@ -45,7 +45,7 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 (node.heads, node.head_dim),
                 "attention",
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
-                reason=f"fused, running maximum, mask {node.mask}; {what}",
+                reason=f"fused, running maximum, {_scores(node)}; {what}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -56,6 +56,14 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+
+
+def _scores(node: Attention) -> str:
+    """Return the mask and the key heads of an attention in words."""
+    words = [f"mask {node.mask}", *(["causal"] if node.causal else [])]
+    if node.kv_heads:
+        words.append(f"{node.kv_heads} key head{'s' if node.kv_heads > 1 else ''}")
+    return ", ".join(words)
 
 
 def tuned_records(records: list[LayerRecord], rows: Mapping[str, int]) -> list[LayerRecord]:

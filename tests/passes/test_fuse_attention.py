@@ -19,7 +19,8 @@ from tests.relax_modules import (
     structure_and_numbers,
     transform,
 )
-from tvmstruct.layers import Attention, LayerTable
+from tvmstruct.layers import Attention, Layer, LayerTable
+from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 
@@ -79,12 +80,12 @@ SCALES = {
         ),
         0.5,
     ),
-    "on q": (lambda emit, q, k, v: attend(emit, emit(R.multiply(q, const(SCALE))), k, v), 1.0),
+    "on q": (lambda emit, q, k, v: attend(emit, emit(R.multiply(q, const(SCALE))), k, v), SCALE),
     "on q and k": (
         lambda emit, q, k, v: attend(
             emit, emit(R.multiply(q, const(0.7))), emit(R.multiply(k, const(0.7))), v
         ),
-        1.0,
+        0.49,
     ),
 }
 
@@ -186,14 +187,9 @@ def refusal(body, *shapes, dtype="float32", **bound):
     return why
 
 
-def test_rank_3_is_refused():
-    why = refusal(lambda e, q, k, v: attend(e, q, k, v), (6, 5, 4), (6, 4, 7), (6, 7, 4))
-    assert "want (batch, heads, length, depth) of rank 4" in why
-
-
 def test_another_axis_is_refused():
     why = refusal(lambda e, q, k, v: attend(e, q, k, v, axis=2), QUERY, KEY, VALUE)
-    assert "softmax runs over axis 2, want the last" in why
+    assert "softmax runs over axis 2 of (2, 3, 5, 7), not over the keys" in why
 
 
 def test_float64_is_refused():
@@ -217,19 +213,71 @@ def test_scores_that_are_an_output_are_refused():
     assert "the scores are read elsewhere too" in refusal(body, QUERY, KEY, VALUE)
 
 
-def test_shared_key_heads_are_refused():
-    why = refusal(lambda e, q, k, v: attend(e, q, k, v), QUERY, (B, 1, D, K), (B, 1, K, V))
-    assert "do not belong together (or broadcast heads)" in why
+@structure_and_numbers
+def test_key_heads_may_be_shared(numbers):
+    mod = module(lambda e, q, k, v: attend(e, q, k, v), QUERY, (B, 1, D, K), (B, 1, K, V))
+    check_fused(mod, kv_heads=1, k_layout=(D, 0), v_layout=(V, 0), numbers=numbers)
 
 
-def test_a_scaled_mask_is_refused():
+@structure_and_numbers
+def test_keys_may_be_shared_and_values_not(numbers):
+    mod = module(lambda e, q, k, v: attend(e, q, k, v), QUERY, (B, 1, D, K), VALUE)
+    check_fused(mod, kv_heads=0, numbers=numbers)
+
+
+@structure_and_numbers
+def test_an_added_mask_may_be_scaled(numbers):
     def body(emit, q, k, v, m):
         return attend(
             emit, q, k, v, after=lambda e, s: R.add(s, m), mask=lambda e, s: R.multiply(s, const(2))
         )
 
+    check_fused(
+        module(body, QUERY, KEY, VALUE, (B, 1, 1, K)), scale=2.0, mask="keys", numbers=numbers
+    )
+
+
+@pytest.mark.parametrize("low", [LOWEST, -1e9])
+def test_replaced_scores_that_are_scaled_are_refused(low):
+    def body(emit, q, k, v, m):
+        keep = emit(R.greater(m, const(0.0)))
+        return attend(
+            emit, q, k, v,
+            after=lambda e, s: R.where(keep, s, const(low)),
+            mask=lambda e, s: R.multiply(s, const(0.5)),
+        )  # fmt: skip
+
     why = refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
-    assert "the mask is scaled together with the scores" in why
+    assert "scores are scaled by 0.5 after hidden ones were replaced" in why
+
+
+def two_selects(emit, scores, m, n, *, lows):
+    for mask, low in zip((m, n), lows, strict=True):
+        scores = emit(R.where(emit(R.greater(mask, const(0.0))), scores, const(low)))
+    return scores
+
+
+def test_scores_that_are_replaced_by_two_numbers_are_refused():
+    def body(emit, q, k, v, m, n):
+        return attend(emit, q, k, v, mask=lambda e, s: two_selects(e, s, m, n, lows=(-1e9, -2e9)))
+
+    why = refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K), (B, 1, 1, K))
+    assert "keys are hidden by -" in why
+    assert "e+09 and by another mask" in why
+
+
+@structure_and_numbers
+@pytest.mark.parametrize("lows", [(LOWEST, LOWEST), (-1e9, -1e9), (LOWEST, -math.inf)], ids=str)
+def test_two_selecting_masks(lows, numbers):
+    def body(emit, q, k, v, m, n):
+        return attend(emit, q, k, v, mask=lambda e, s: two_selects(e, s, m, n, lows=lows))
+
+    mod = module(body, QUERY, KEY, VALUE, (B, 1, 1, K), (1, 1, Q, K))
+    inputs = random_inputs(mod)
+    inputs[4][..., 0] = 1.0
+    if not math.isinf(lows[1]):
+        inputs[3][0], inputs[4][..., 2, 1:] = -1.0, -1.0  # rows without a key
+    check_fused(mod, inputs, mask="full", mask_dims=("batch", "queries"), numbers=numbers)
 
 
 def test_an_unknown_step_is_named():
@@ -239,21 +287,22 @@ def test_an_unknown_step_is_named():
     assert "relax.tanh stands between the product and the softmax" in why
 
 
-def test_two_masks_are_refused():
+@structure_and_numbers
+def test_two_added_masks(numbers):
     def body(emit, q, k, v, m, n):
         return attend(emit, q, k, v, after=lambda e, s: R.add(s, m), mask=lambda e, s: R.add(s, n))
 
-    assert "between the product and the softmax" in refusal(
-        body, QUERY, KEY, VALUE, (B, 1, 1, K), (B, 1, Q, K)
-    )
+    mod = module(body, QUERY, KEY, VALUE, (B, 1, 1, K), (1, 1, Q, K))
+    check_fused(mod, mask="full", mask_dims=("batch", "queries"), numbers=numbers)
 
 
-def test_a_mask_that_is_the_same_for_all_keys_is_refused():
-    why = refusal(
-        lambda e, q, k, v, m: attend(e, q, k, v, mask=lambda e, s: R.add(s, m)),
-        QUERY, KEY, VALUE, (B, 1, Q, 1),
-    )  # fmt: skip
-    assert f"is the same for all {K} keys" in why
+@structure_and_numbers
+def test_a_mask_that_is_the_same_for_all_keys(numbers):
+    def body(emit, q, k, v, m):
+        return attend(emit, q, k, v, mask=lambda e, s: R.add(s, m))
+
+    mod = module(body, QUERY, KEY, VALUE, (B, 1, Q, 1))
+    check_fused(mod, mask="full", mask_dims=("batch", "queries"), numbers=numbers)
 
 
 def test_a_mask_that_widens_the_scores_is_refused():
@@ -269,7 +318,61 @@ def test_a_select_that_does_not_hide_is_refused():
         keep = emit(R.greater(m, const(0.0)))
         return attend(emit, q, k, v, mask=lambda e, s: R.where(keep, s, const(-5.0)))
 
-    assert "relax.where stands between" in refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+    why = refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+    assert "scores are replaced by -5, which hides no key (want <= -1e+08)" in why
+
+
+def test_an_operator_between_softmax_and_values_is_named():
+    def body(emit, q, k, v, m):
+        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+        return R.matmul(emit(R.multiply(p, m)), v)
+
+    why = refusal(body, QUERY, KEY, VALUE, (B, H, Q, K))
+    assert "relax.multiply stands between the softmax and the values" in why
+
+
+def test_a_cast_is_refused():
+    def body(emit, q, k, v):
+        p = emit(R.nn.softmax(emit(R.astype(emit(R.matmul(q, k)), "float64"))))
+        return R.matmul(emit(R.astype(p, "float32")), v)
+
+    why = refusal(body, QUERY, KEY, VALUE)
+    assert "the scores are cast from float64 to float32, want float32 only" in why
+
+
+def test_values_summed_over_queries_are_refused():
+    def body(emit, q, k, v):
+        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+        return R.matmul(emit(R.permute_dims(p, [0, 1, 3, 2])), v)
+
+    why = refusal(body, QUERY, KEY, (B, H, Q, V))
+    assert f"values are summed over an axis of {Q}, not over the {K} keys" in why
+
+
+def test_values_with_a_batch_of_their_own_are_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v), (Q, D), (D, K), (B, K, V))
+    assert "values have a batch that queries and keys do not have" in why
+
+
+def test_axes_that_do_not_nest_are_refused():
+    def body(emit, q, k, v):
+        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+        return R.matmul(emit(R.reshape(p, (3, 10, K))), v)
+
+    why = refusal(body, (5, 6, D), (5, D, K), (3, K, V))
+    assert "is no other order of the same scores" in why or "do not nest" in why
+
+
+def test_an_embedding_behind_a_softmax_is_none_of_its_business():
+    def body(emit, x):
+        return R.matmul(emit(R.nn.softmax(emit(R.tanh(x)))), const(models.weight(K, V)))
+
+    table = LayerTable()
+    mod, log = transform(
+        module(body, (B, K)), CanonicalizeDense(table, {}), SimplifyLayout(), FuseAttention(table)
+    )
+    assert [type(n) for n in nodes(mod, table)] == [Layer]
+    assert not log.rejected
 
 
 def test_a_product_without_softmax_is_none_of_its_business():
