@@ -155,7 +155,7 @@ def scale_on_queries(b):
     return b.merged(attend(b, b.op("Mul", q, b.const(1 / ROOT)), k, v))
 
 
-@spelling()
+@spelling(says=("mask none", "q, k, v from one merged layer"))
 def scale_on_queries_before_heads(b):
     """The scale right after the projection."""
     x = b.random(B, Q, F)
@@ -164,7 +164,7 @@ def scale_on_queries_before_heads(b):
     return b.merged(attend(b, q, k, v))
 
 
-@spelling()
+@spelling(says=("mask none", "k, v from one merged layer"))
 def scale_on_keys(b):
     """The scale on the keys, before they are transposed."""
     q, k, v = cross(b, (0, 2, 1, 3))
@@ -358,7 +358,7 @@ def merged_heads(b):
     return b.reshape(b.op("Transpose", b.op("MatMul", p, v), perm=(1, 0, 2)), Q, B, F)
 
 
-@spelling()
+@spelling(says=("mask none", "k, v from one merged layer"))
 def einsum(b):
     """Heads stay behind the length, einsum moves them."""
     x, y = b.random(B, Q, F), b.random(B, K, F)
@@ -476,7 +476,7 @@ def grouped(b: Builder, repeat: Callable[[str], str], kv_heads: int = 2, heads: 
     return b.reshape(b.op("Transpose", out, perm=(0, 2, 1, 3)), B, Q, heads * D)
 
 
-@spelling(shape=(4, D), says=("2 key heads",))
+@spelling(shape=(4, D), says=("2 key heads", "; k, v from one merged layer"))
 def grouped_by_expand(b):
     """Hugging Face's repeat_kv."""
 

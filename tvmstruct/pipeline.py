@@ -101,11 +101,11 @@ def _find_layers(
 def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     yield RecognizeSoftmax()
     yield FuseAttention(table)  # before epilogues, which would take masks for residuals
-    yield SimplifyLayout()
-    yield SimplifyLayout()
     for _ in range(STEPS):
         yield FuseEpilogue(table)
     yield RecognizeLayerNorm()
+    yield SimplifyLayout()
+    yield SimplifyLayout()
     yield MergeSharedInput(table)
     yield FuseLayerNorm(table)
     yield SimplifyLayout()
