@@ -13,7 +13,7 @@ from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable, ar
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 
-REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm")
+REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm", "split_feed_forward")
 
 
 def layer_records(
