@@ -168,18 +168,16 @@ class Masks:
 def meet(graph: Graph, step: Step, axes: Axes, name: str) -> Axes:
     """Return the axes of the scores with the strides of the step's mask, checking that it fits."""
     if isinstance(step, Add):
-        expr, want = step.mask, "float32"
+        expr = step.mask
     elif isinstance(step, Select):
-        expr, want = step.keep, "bool"
+        expr = step.keep
         if step.low > HIDDEN:
             raise Refused(
                 f"scores are replaced by {step.low:g}, which hides no key (want <= {HIDDEN:g})"
             )
     else:
         return axes
-    dtype, shape = compat.dtype_of(expr), compat.static_shape(expr)
-    if dtype != want:
-        raise Refused(f"the mask is {dtype}, want {want}")
+    shape = compat.static_shape(expr)
     full = shape_of(axes)
     if (
         shape is None

@@ -194,11 +194,14 @@ def _deal_out(p: Axes, v: Axes, depth: Axis, product: Axes) -> _Loops:
             f"values are summed over an axis of {size_of(p[-1])}, not over the {keys} keys"
         )
     outer = [f for axis in (*lead, p[-2]) for f in axis]
-    length = [f for f in outer if keys <= f.stride("s") < queries * keys]
-    rest = [f for f in outer if f.stride("s") >= queries * keys]
-    if len(length) + len(rest) != len(outer):
+    # Loops over queries to which values belong are a batch.
+    length = [f for f in outer if f.stride("s") < queries * keys and not f.stride("v")]
+    if any(f.stride("s") < keys for f in outer):
         raise Refused("values have a batch that queries and keys do not have")
-    heads = _heads(rest, length, contracted, product)
+    rest = [f for f in outer if not _among(f, length)]
+    heads = _heads(
+        [f for f in rest if f.stride("s") >= queries * keys], length, contracted, product
+    )
     others = [f for f in rest if not _among(f, heads)]
     repeated = [f for f in others if not f.stride("k") and not f.stride("v")]
     batch = [f for f in others if not _among(f, repeated)]

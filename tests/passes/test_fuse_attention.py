@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -354,13 +355,84 @@ def test_values_with_a_batch_of_their_own_are_refused():
     assert "values have a batch that queries and keys do not have" in why
 
 
-def test_axes_that_do_not_nest_are_refused():
-    def body(emit, q, k, v):
-        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
-        return R.matmul(emit(R.reshape(p, (3, 10, K))), v)
+def values_of_parts_of_queries(emit, q, k, v):
+    """Batches of queries, cut into parts that have values of their own."""
+    p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+    wide = emit(R.reshape(emit(R.permute_dims(v, [1, 0, 2, 3])), (6, K, V)))
+    return R.matmul(emit(R.reshape(p, (6, 2, K))), wide)
 
-    why = refusal(body, (5, 6, D), (5, D, K), (3, K, V))
-    assert "is no other order of the same scores" in why or "do not nest" in why
+
+def test_parts_of_queries_may_have_values_of_their_own():
+    mod = module(values_of_parts_of_queries, (3, 4, D), (3, D, K), (2, 3, K, V))
+    (node,), log = fuse(mod)
+    assert isinstance(node, Attention)
+    assert (node.heads, node.query_length, node.key_length) == (1, 2, K)
+    assert not log.rejected
+    check_compiled(mod)
+
+
+def test_probabilities_that_do_not_nest_with_values_are_refused():
+    why = refusal(values_of_parts_of_queries, (2, 6, D), (2, D, K), (2, 3, K, V))
+    assert (
+        "probabilities (6, 2, 7) and values (6, 7, 6) are stored in loops that do not nest" in why
+    )
+
+
+def test_queries_that_do_not_nest_with_keys_are_refused():
+    def body(emit, q, k, v):
+        q = emit(R.reshape(emit(R.permute_dims(q, [1, 0, 2, 3])), (6, Q, D)))
+        k = emit(R.reshape(emit(R.permute_dims(k, [1, 0, 2, 3])), (6, D, K)))
+        return attend(emit, q, k, v)
+
+    why = refusal(body, (2, 3, Q, D), (3, 2, D, K), (6, K, V))
+    assert "queries (6, 5, 4) and keys (6, 4, 7) are stored in loops that do not nest" in why
+
+
+def test_a_mask_that_does_not_nest_with_the_scores_is_refused():
+    def body(emit, q, k, v, m):
+        q = emit(R.reshape(emit(R.permute_dims(q, [1, 0, 2, 3])), (6, Q, D)))
+        turned = emit(R.reshape(emit(R.permute_dims(m, [1, 0, 2, 3])), (6, Q, K)))
+        return attend(emit, q, k, v, mask=lambda e, s: R.add(s, turned))
+
+    why = refusal(body, (3, 2, Q, D), (6, D, K), (6, K, V), (2, 3, Q, K))
+    assert "mask of shape (6, 5, 7) splits the axes of (6, 5, 7) in another way" in why
+
+
+def test_scores_that_are_repeated_are_refused():
+    def body(emit, q, k, v):
+        scores = emit(R.broadcast_to(emit(R.matmul(q, k)), (B, H, Q, K)))
+        return R.matmul(emit(R.nn.softmax(scores)), v)
+
+    why = refusal(body, (1, 1, Q, D), (1, 1, D, K), VALUE)
+    assert "relax.broadcast_to of scores (1, 1, 5, 7) is no other order of the same scores" in why
+
+
+def test_vectors_are_refused():
+    why = refusal(lambda e, q, k, v: attend(e, q, k, v), (D,), (D, K), (K, V))
+    assert "shapes q (4,), k^T (4, 7), v (7, 6): want static matrices" in why
+
+
+def learned(emit, q):
+    scores = emit(R.matmul(q, const(models.weight(D, 17, seed=1))))
+    return R.matmul(emit(R.nn.softmax(scores)), const(models.weight(17, V, seed=2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"precision": "int8"}, "which became Dense int8, want Dense f32"),
+        ({"bias": np.ones(17, np.float32)}, "whose layer does more than multiply"),
+    ],
+    ids=["form", "epilogue"],
+)
+def test_weights_that_are_no_plain_keys_are_refused(change, why):
+    table = LayerTable()
+    mod, _ = transform(module(learned, (3, D)), CanonicalizeDense(table, {}), SimplifyLayout())
+    table.nodes[0] = replace(table.nodes[0], **change)
+    mod, log = transform(mod, FuseAttention(table))
+    assert [type(n) for n in nodes(mod, table)] == [Layer, Layer]
+    ((_, _, found),) = log.rejected
+    assert f"keys or values are the weight {table.nodes[0].names[0]}, {why}" == found
 
 
 def test_an_embedding_behind_a_softmax_is_none_of_its_business():
