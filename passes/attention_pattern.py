@@ -22,6 +22,7 @@ from tvmstruct.rewrite import Graph, operands
 LAYOUTS = (*RESHAPES, "relax.permute_dims", "relax.broadcast_to")
 LOWEST = float(np.finfo(np.float32).min)
 STOPS = ("relax.matmul", compat.DPS)
+THROUGH = {"relax.add": 0, "relax.subtract": 0, "relax.where": 1, "relax.maximum": 0}
 DEPTH = 4  # how far behind an unknown operator a softmax is still worth a word
 
 
@@ -236,18 +237,25 @@ class _Walk:
 
     def _leads(self, expr, test: Callable | None = None) -> bool:
         """Return whether peeling ``expr`` ends at a product."""
-        call = self.graph.value(expr)
-        if (test or self.is_product)(call):
-            return True
-        name = compat.op_name(call)
-        if name in LAYOUTS or name == "relax.astype":
-            return self._leads(call.args[0], test)
-        if (found := scaled_by(self.graph, call)) is not None:
-            return self._leads(found[1], test)
-        through = {"relax.add": 0, "relax.subtract": 0, "relax.where": 1, "relax.maximum": 0}
-        if name not in through:
-            return False
-        return any(self._leads(arg, test) for arg in call.args[through[name] :])
+        test, front, seen = test or self.is_product, [expr], set()
+        while front:
+            call = self.graph.value(front.pop())
+            if test(call):
+                return True
+            if call not in seen:
+                seen.add(call)
+                front += _scores_among(self.graph, call)
+        return False
+
+
+def _scores_among(graph: Graph, call) -> list[relax.Expr]:
+    """Return the operands of a step that may be the scores."""
+    name = compat.op_name(call)
+    if name in LAYOUTS or name == "relax.astype":
+        return [call.args[0]]
+    if (found := scaled_by(graph, call)) is not None:
+        return [found[1]]
+    return list(call.args[THROUGH[name] :]) if name in THROUGH else []
 
 
 # not any(score != -inf), as PyTorch decomposes a softmax that gives zeros for empty rows

@@ -27,6 +27,7 @@ from tvmstruct.passes.attention_pattern import (
     take_apart,
 )
 from tvmstruct.passes.factors import Axes, Axis, Factor, join, join_all, number, shape_of, size_of
+from tvmstruct.passes.slices import in_place
 from tvmstruct.passes.views import View, arrange, rearrange, view
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules.compute.dense import Epilogue
@@ -66,7 +67,11 @@ class FuseAttention:
             # A layer behind a softmax need not be attention: only a product would tell.
             return None if self.table.layer(call) else Reject(where, str(why))
         try:
-            return self._build(graph, call, scores) if scores else None
+            if scores is None:
+                return None
+            # Slices are read in place, or else they are tensors of their own.
+            out = self._build(graph, call, scores, slices=True)
+            return self._build(graph, call, scores, slices=False) if out is None else out
         except Refused as why:
             return Reject(where, str(why))
 
@@ -78,14 +83,16 @@ class FuseAttention:
         layer = self.table.layer(call)
         return (arguments(call)[0], layer) if layer else (call.args[0], call.args[1])
 
-    def _build(self, graph: Graph, call: relax.Call, scores: Scores) -> relax.Expr:
+    def _build(
+        self, graph: Graph, call: relax.Call, scores: Scores, *, slices: bool
+    ) -> relax.Expr | None:
         q, k = self._operands(scores.product)
         k, v = _matrix(k), _matrix(self._operands(call)[1])
         _check_types(q, k, v, call)
         views = {
-            "q": view(graph, q, "q", scales=True),
-            "k": view(graph, k, "k", scales=True),
-            "v": view(graph, v, "v"),
+            "q": view(graph, q, "q", scales=True, slices=slices),
+            "k": view(graph, k, "k", scales=True, slices=slices),
+            "v": view(graph, v, "v", slices=slices),
         }
         scale, product, depth = _product(views)
         scale, axes = _follow(graph, scores, product, scale)
@@ -96,29 +103,41 @@ class FuseAttention:
             masks.apply(step, f"mask{i}")
         return self._emit(call, views, loops, scale, masks)
 
-    def _emit(self, call, views: dict[str, View], loops: _Loops, scale: float, masks) -> relax.Expr:
+    def _emit(
+        self, call, views: dict[str, View], loops: _Loops, scale: float, masks: Masks
+    ) -> relax.Expr | None:
         shared = [f for f in loops.heads if f.stride("k") or f.stride("v")]
         heads, kv_heads = size_of(loops.heads), size_of(shared)
-        depth, width = size_of(loops.depth), size_of(loops.width)
+        rows = {"q": loops.batch + loops.queries, "k": loops.batch + loops.keys}
+        columns = {"q": loops.heads + loops.depth, "k": shared + loops.depth}
+        rows["v"], columns["v"] = rows["k"], shared + loops.width
+        stored = [_store(views[n], n, rows[n], columns[n]) for n in ("q", "k", "v")]
+        if None in stored:
+            return None
+        args, layouts = zip(*stored, strict=True)
         causal, mask, shape = masks.finish()
         kind, dims, mask = _mask(mask, shape, (size_of(loops.batch), heads))
+        depth, width = size_of(loops.depth), size_of(loops.width)
         node = Attention(
             heads, depth, width, size_of(loops.queries), size_of(loops.keys), scale,
-            (heads * depth, 0), (kv_heads * depth, 0), (kv_heads * width, 0), kind, dims,
-            kv_heads if kv_heads < heads else 0, causal,
+            *layouts, kind, dims, kv_heads if kv_heads < heads else 0, causal,
         )  # fmt: skip
-        columns = {"q": loops.heads + loops.depth, "k": shared + loops.depth}
-        columns["v"] = shared + loops.width
-        lengths = {"q": loops.queries, "k": loops.keys, "v": loops.keys}
-        args = [
-            arrange(views[n].root, n, [loops.batch + lengths[n], columns[n]])
-            for n in ("q", "k", "v")
-        ]
-        rows = loops.batch + loops.queries
         y = self.table.call(
-            node, args if mask is None else [*args, mask], (size_of(rows), heads * width)
+            node, [*args] if mask is None else [*args, mask], (size_of(rows["q"]), heads * width)
         )
-        return _restore(y, [*rows, *loops.heads, *loops.width], loops.output, call)
+        return _restore(y, [*rows["q"], *loops.heads, *loops.width], loops.output, call)
+
+
+def _store(
+    view: View, name: str, rows: list[Factor], columns: list[Factor]
+) -> tuple[relax.Expr, tuple[int, int]] | None:
+    """Return a tensor as rows and its layout, or None for a slice that cannot be read in place."""
+    if not view.sliced:
+        return arrange(view.root, name, [rows, columns]), (size_of(columns), 0)
+    width = in_place(view.root, name, view.offset, rows, columns)
+    if width is None:
+        return None
+    return R.reshape(view.root, (size_of(rows), width)), (width, view.offset)
 
 
 def _matrix(factor: relax.Expr | Layer) -> relax.Expr:

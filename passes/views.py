@@ -11,6 +11,7 @@ from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.passes.factors import Axes, Axis, Factor, contiguous, regroup, shape_of
+from tvmstruct.passes.slices import slice_of
 from tvmstruct.rewrite import Graph
 
 R = relax.op
@@ -19,24 +20,37 @@ RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatte
 
 @dataclass(frozen=True)
 class View:
-    """``scale`` times ``root``, indexed through ``axes``."""
+    """``scale`` times ``root``, indexed through ``axes`` from ``offset`` on.
+
+    Only a view that is ``sliced`` leaves out some of its root.
+    """
 
     root: relax.Expr
     axes: Axes
     scale: float = 1.0
+    offset: int = 0
+    sliced: bool = False
 
 
-def view(graph: Graph, expr: relax.Expr, name: str, *, scales: bool = False) -> View:
-    """Follow layout operators (and with ``scales`` constant factors) down to where they begin."""
+def view(
+    graph: Graph, expr: relax.Expr, name: str, *, scales: bool = False, slices: bool = False
+) -> View:
+    """Follow layout operators down to where they begin; also constant factors, and slices."""
     value = graph.value(expr)
     source = value.args[0] if isinstance(value, relax.Call) and value.args else None
     if scales and (scaled := scaled_by(graph, value)) is not None:
         factor, source = scaled
         if compat.static_shape(source) == compat.static_shape(expr):
-            inner = view(graph, source, name, scales=True)
+            inner = view(graph, source, name, scales=True, slices=slices)
             return replace(inner, scale=inner.scale * factor)
+    elif slices and (part := slice_of(graph, expr)) is not None:
+        inner = view(graph, part.source, name, scales=scales, slices=True)
+        if (found := part.cut(inner.axes[part.axis], name)) is not None:
+            middle = [] if part.drop else [found[0]]
+            axes = [*inner.axes[: part.axis], *middle, *inner.axes[part.axis + 1 :]]
+            return replace(inner, axes=axes, offset=inner.offset + found[1], sliced=True)
     elif source is not None and _is_layout(value):
-        inner = view(graph, source, name, scales=scales)
+        inner = view(graph, source, name, scales=scales, slices=slices)
         axes = rearrange(graph, value, inner.axes)
         if axes is not None:
             return replace(inner, axes=axes)

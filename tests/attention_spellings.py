@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from onnx import ModelProto, helper
@@ -511,3 +512,72 @@ def grouped_in_five_axes(b):
     mask = b.op("Unsqueeze", padding(b, -10000.0), two)
     out = attend(b, q, k, b.op("Unsqueeze", v, two), over_root(b), lambda s: b.op("Add", s, mask))
     return b.reshape(b.op("Transpose", out, perm=(0, 3, 1, 2, 4)), B, Q, 4 * D)
+
+
+# Slices of one layer
+
+
+@spelling(says=("q, k, v from one merged layer", "causal"))
+def split_of_one_layer(b):
+    """GPT-2: one layer, three parts, causal."""
+    rows = b.project(b.random(B, Q, F), 3 * F)
+    parts = [f"part{i}" for i in range(3)]
+    b.nodes.append(helper.make_node("Split", [rows, b.const([F] * 3, "int64")], parts, axis=2))
+    axes = ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
+    q, k, v = (b.heads(part, Q, order) for part, order in zip(parts, axes, strict=True))
+    upper = b.const(np.triu(np.full((Q, Q), -np.inf), 1))
+    return b.merged(attend(b, q, k, v, over_root(b), lambda s: b.op("Add", s, upper)))
+
+
+@spelling(says=("q, k, v from one merged layer",))
+def gather_of_one_layer(b):
+    """Vision transformers: (3, batch, heads, length, depth), picked one by one."""
+    rows = b.reshape(b.project(b.random(B, Q, F), 3 * F), B, Q, 3, H, D)
+    rows = b.op("Transpose", rows, perm=(2, 0, 3, 1, 4))
+    q, k, v = (b.op("Gather", rows, b.const(i, "int64"), axis=0) for i in range(3))
+    k = b.op("Transpose", k, perm=(0, 1, 3, 2))
+    return b.merged(attend(b, q, k, v, over_root(b)))
+
+
+@spelling(shape=(4, D), says=("q, k, v from one merged layer", "2 key heads"))
+def slices_of_unequal_parts(b):
+    """Four query heads, and two key and value heads behind them."""
+    rows = b.project(b.random(B, Q, F), 8 * D)
+    ends = (0, 4 * D, 6 * D, 8 * D)
+    q, k, v = (
+        b.op("Slice", rows, *(b.const([n], "int64") for n in (*cut, 2))) for cut in pairwise(ends)
+    )
+    two = b.const([0, 0, 1, 1], "int64")
+    q = b.heads(q, Q, heads=4)
+    k, v = (b.op("Gather", b.heads(x, Q, heads=2), two, axis=1) for x in (k, v))
+    out = attend(b, q, b.op("Transpose", k, perm=(0, 1, 3, 2)), v, over_root(b))
+    return b.reshape(b.op("Transpose", out, perm=(0, 2, 1, 3)), B, Q, 4 * D)
+
+
+@spelling(says=("q, k, v from separate layers",))
+def slices_of_every_head(b):
+    """GPT-NeoX: queries, keys and values of a head side by side; they are taken apart first."""
+    rows = b.reshape(b.project(b.random(B, Q, F), 3 * F), B, Q, H, 3 * D)
+    rows = b.op("Transpose", rows, perm=(0, 2, 1, 3))
+    parts = [f"part{i}" for i in range(3)]
+    b.nodes.append(helper.make_node("Split", [rows, b.const([D] * 3, "int64")], parts, axis=3))
+    k = b.op("Transpose", parts[1], perm=(0, 1, 3, 2))
+    return b.merged(attend(b, parts[0], k, parts[2], over_root(b)))
+
+
+@spelling(says=("mask none",))
+def some_of_the_keys(b):
+    """Keys and values of the first positions only."""
+    q, k, v = cross(b)
+    first = [b.const([n], "int64") for n in (0, 4)]
+    k = b.op("Slice", k, *first, b.const([3], "int64"))
+    return b.merged(attend(b, q, k, b.op("Slice", v, *first, b.const([2], "int64"))))
+
+
+@spelling(says=("mask none", "q, k, v from separate layers"))
+def one_slice(b):
+    """Keys are a part of a layer whose rest nothing reads: it must not merge as a whole layer."""
+    x = b.random(B, Q, F)
+    wide = b.project(x, 2 * F)
+    k = b.op("Slice", wide, *(b.const([n], "int64") for n in (F, 2 * F, 2)))
+    return b.merged(attend(b, b.heads(b.project(x), Q), b.heads(k, Q, (0, 2, 3, 1)), b.heads(k, Q)))
