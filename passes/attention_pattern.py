@@ -15,7 +15,8 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat
-from tvmstruct.passes.constant_values import evaluate
+from tvmstruct.passes.attention_guards import guarded
+from tvmstruct.passes.constant_values import number
 from tvmstruct.passes.views import RESHAPES, scaled_by
 from tvmstruct.rewrite import Graph, operands
 
@@ -193,7 +194,7 @@ class _Walk:
             return None
         keep, a, b = call.args
         for scores, other, kept in ((a, b, True), (b, a, False)):
-            if (low := _number(self.graph, other)) is not None:
+            if (low := number(self.graph, other)) is not None:
                 return self._next(expr, Select(keep, low, kept), scores)
         return None
 
@@ -201,31 +202,17 @@ class _Walk:
         if compat.op_name(call) != "relax.maximum":
             return None
         for scores, bound in (call.args, tuple(reversed(call.args))):
-            low = _number(self.graph, bound)
+            low = number(self.graph, bound)
             if low is not None and low <= LOWEST:
                 return self._next(expr, Floor(), scores)
         return None
 
     def _guard(self, expr, call) -> relax.Expr | None:
-        """Peel a select of zeros for rows without any key, which the kernel gives anyway."""
-        if compat.op_name(call) != "relax.where" or _number(self.graph, call.args[1]) != 0.0:
+        found = guarded(self.graph, call)
+        if found is None:
             return None
-        condition, zeros, kept = call.args
-        chain = _chain(self.graph, condition)
-        names = tuple(compat.op_name(self.graph.value(e)) for e in chain)
-        reads = self.graph.value(chain[-1]).args[0] if chain else None
-        row_is_empty = names == EMPTY_ROW and self._is_softmax_of(kept, reads)
-        row_is_nan = names == ("relax.isnan",) and kept.same_as(reads)
-        if not row_is_empty and not row_is_nan:
-            return None
-        self.inside += [
-            e for e in (*chain, zeros) if isinstance(e, relax.Var) and e in self.graph.bound
-        ]
-        return self._next(expr, None, kept)
-
-    def _is_softmax_of(self, expr, scores) -> bool:
-        softmax = self.graph.call(expr, "relax.nn.softmax")
-        return softmax is not None and softmax.args[0].same_as(scores)
+        self.inside += [e for e in found.reads if e in self.graph.bound]
+        return self._next(expr, None, found.kept)
 
     def _which(self, a, b) -> tuple[relax.Expr, relax.Expr]:
         """Return the operand of a sum that holds the product first; a true product wins."""
@@ -256,41 +243,6 @@ def _scores_among(graph: Graph, call) -> list[relax.Expr]:
     if (found := scaled_by(graph, call)) is not None:
         return [found[1]]
     return list(call.args[THROUGH[name] :]) if name in THROUGH else []
-
-
-# not any(score != -inf), as PyTorch decomposes a softmax that gives zeros for empty rows
-EMPTY_ROW = (
-    "relax.logical_not", "relax.astype", "relax.max", "relax.astype", "relax.logical_not",
-    "relax.equal",
-)  # fmt: skip
-
-
-def _chain(graph: Graph, expr: relax.Expr) -> list[relax.Expr]:
-    """Return a condition and what it is made of, down to the test of scores."""
-    chain = []
-    while compat.op_name(call := graph.value(expr)) in (*EMPTY_ROW, "relax.isnan"):
-        chain.append(expr)
-        name = compat.op_name(call)
-        if name in ("relax.equal", "relax.isnan"):
-            compares = name == "relax.isnan" or graph.constant(call.args[1]) == -np.inf
-            return chain if compares else []
-        if name == "relax.max" and [int(a) for a in call.attrs.axis or ()] != [-1]:
-            return []
-        expr = call.args[0]
-    return []
-
-
-def _number(graph: Graph, expr: relax.Expr) -> float | None:
-    """Return the one number that a constant holds everywhere, or None."""
-    value = graph.value(expr)
-    if compat.op_name(value) == "relax.full_like":
-        expr = value.args[1]
-    elif compat.op_name(value) == "relax.zeros_like":
-        return 0.0
-    array = evaluate(graph, expr)
-    if array is None or not array.size or (array != array.flat[0]).any():
-        return None
-    return float(array.flat[0])
 
 
 def _reaches_softmax(graph: Graph, call, depth: int = DEPTH) -> bool:

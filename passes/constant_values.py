@@ -52,6 +52,19 @@ def evaluate(graph: Graph, expr: relax.Expr) -> np.ndarray | None:
         return _call(graph, value)
 
 
+def number(graph: Graph, expr: relax.Expr) -> float | None:
+    """Return the one number that a constant holds everywhere, or None."""
+    value = graph.value(expr)
+    if compat.op_name(value) == "relax.full_like":
+        expr = value.args[1]
+    elif compat.op_name(value) == "relax.zeros_like":
+        return 0.0
+    array = evaluate(graph, expr)
+    if array is None or not array.size or (array != array.flat[0]).any():
+        return None
+    return float(array.flat[0])
+
+
 def _known(call: relax.Call) -> bool:
     shape = compat.static_shape(call)
     named = ("bool", "int", "uint", "float")

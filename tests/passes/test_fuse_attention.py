@@ -323,6 +323,37 @@ def test_a_select_that_does_not_hide_is_refused():
     assert "scores are replaced by -5, which hides no key (want <= -1e+08)" in why
 
 
+def guard(emit, scores, p, *, low=-math.inf, axis=-1):
+    """not any(score != low), as PyTorch's SDPA."""
+    seen = emit(R.logical_not(emit(R.equal(scores, const(low)))))
+    top = emit(R.max(emit(R.astype(seen, "int8")), [axis], keepdims=True))
+    empty = emit(R.logical_not(emit(R.astype(top, "bool"))))
+    return emit(R.where(empty, emit(R.full_like(p, const(0.0))), p))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"), [({}, True), ({"low": -1e9}, False), ({"axis": 2}, False)], ids=str
+)
+def test_a_guard_of_empty_rows_is_peeled_only_as_such(changes, fused):
+    def body(emit, q, k, v, m):
+        scores = emit(R.add(emit(R.matmul(q, k)), m))
+        return R.matmul(guard(emit, scores, emit(R.nn.softmax(scores)), **changes), v)
+
+    if fused:
+        check_fused(module(body, QUERY, KEY, VALUE, (B, 1, 1, K)))
+    else:
+        why = refusal(body, QUERY, KEY, VALUE, (B, 1, 1, K))
+        assert "relax.where stands between the softmax and the values" in why
+
+
+def test_a_guard_of_nan_is_peeled():
+    def body(emit, q, k, v):
+        p = emit(R.nn.softmax(emit(R.matmul(q, k))))
+        return R.matmul(emit(R.where(emit(R.isnan(p)), const(0.0), p)), v)
+
+    check_fused(module(body, QUERY, KEY, VALUE))
+
+
 def test_an_operator_between_softmax_and_values_is_named():
     def body(emit, q, k, v, m):
         p = emit(R.nn.softmax(emit(R.matmul(q, k))))
