@@ -17,6 +17,7 @@ F = H * D
 ROOT = math.sqrt(D)
 LOWEST = float(np.finfo(np.float32).min)
 HIDE = [[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1]]  # ragged padding
+LEFT = [[0] * 7, [1, 1, 1, 0, 0, 0, 0]]  # under a causal mask the first queries see no key
 
 
 @dataclass
@@ -105,14 +106,11 @@ def spelling(**expected):
     return register
 
 
-def cross(b: Builder, axes_of_keys=(0, 2, 3, 1)) -> tuple[str, str, str]:
-    """Return queries of one input, transposed keys and values of another."""
+def cross(b: Builder, axes_of_keys=(0, 2, 3, 1), *, layers: bool = False) -> tuple[str, str, str]:
+    """Return queries of one input, transposed keys and values of another; with layers if asked."""
     x, y = b.random(B, Q, F), b.random(B, K, F)
-    return (
-        b.heads(b.project(x), Q),
-        b.heads(b.project(y), K, axes_of_keys),
-        b.heads(b.project(y), K),
-    )
+    q, k, v = (b.project(x), b.project(y), b.project(y)) if layers else (x, y, b.random(B, K, F))
+    return b.heads(q, Q), b.heads(k, K, axes_of_keys), b.heads(v, K)
 
 
 def attend(b: Builder, q: str, k: str, v: str, *steps: Callable[[str], str]) -> str:
@@ -128,9 +126,9 @@ def over_root(b: Builder) -> Callable[[str], str]:
     return lambda scores: b.op("Div", scores, b.const(ROOT))
 
 
-def padding(b: Builder, low: float) -> str:
+def padding(b: Builder, low: float, hide=HIDE) -> str:
     """Return (1 - mask) * low, as (batch, 1, 1, keys), of an input of integers."""
-    keep = b.op("Cast", b.reshape(b.given(1 - np.array(HIDE)), B, 1, 1, K), to=models.FLOAT)
+    keep = b.op("Cast", b.reshape(b.given(1 - np.array(hide)), B, 1, 1, K), to=models.FLOAT)
     return b.op("Mul", b.op("Sub", b.const(1.0), keep), b.const(low))
 
 
@@ -142,11 +140,12 @@ def hidden(b: Builder) -> str:
 # Where the scale stands
 
 
-@spelling(says=("mask keys",))
+@spelling(says=("mask keys", "; k, v from one merged layer"))
 def bert_eager(b):
     """Scores are divided, then an additive mask."""
     mask = padding(b, LOWEST)
-    return b.merged(attend(b, *cross(b), over_root(b), lambda s: b.op("Add", s, mask)))
+    q, k, v = cross(b, layers=True)
+    return b.merged(attend(b, q, k, v, over_root(b), lambda s: b.op("Add", s, mask)))
 
 
 @spelling()
@@ -168,7 +167,7 @@ def scale_on_queries_before_heads(b):
 @spelling(says=("mask none", "k, v from one merged layer"))
 def scale_on_keys(b):
     """The scale on the keys, before they are transposed."""
-    q, k, v = cross(b, (0, 2, 1, 3))
+    q, k, v = cross(b, (0, 2, 1, 3), layers=True)
     k = b.op("Transpose", b.op("Mul", b.const(1 / ROOT), k), perm=(0, 1, 3, 2))
     return b.merged(attend(b, q, k, v))
 
@@ -277,7 +276,7 @@ def causal_of_ranges(b):
 @spelling(says=("mask keys", "causal"))
 def causal_and_padding(b):
     """An upper triangle of -inf, and hidden keys."""
-    upper, mask = b.const(np.triu(np.full((Q, K), -np.inf), 1)), padding(b, -10000.0)
+    upper, mask = b.const(np.triu(np.full((Q, K), -np.inf), 1)), padding(b, -10000.0, LEFT)
     steps = (lambda s: b.op("Add", s, upper), lambda s: b.op("Add", s, mask))
     return b.merged(attend(b, *cross(b), over_root(b), *steps))
 
@@ -300,7 +299,7 @@ def causal_aligned_at_the_end(b):
 def finite_causal_and_padding(b):
     """GPT-2: a row may be hidden by both, so the finite numbers keep their arithmetic."""
     keep, low = b.const(np.tri(Q, K), "bool"), b.const(LOWEST)
-    mask = padding(b, LOWEST)
+    mask = padding(b, LOWEST, LEFT)
     steps = (lambda s: b.op("Where", keep, s, low), lambda s: b.op("Add", s, mask))
     return b.merged(attend(b, *cross(b), over_root(b), *steps))
 
