@@ -155,7 +155,7 @@ class Masks:
         queries, keys = (math.prod(f.size for f in dim) for dim in self.dims[2:])
         later = np.triu(np.ones((queries, keys), bool), 1)
         hidden = self.constant <= HIDDEN
-        if not later.any() or not np.array_equal(hidden, np.broadcast_to(later, hidden.shape)):
+        if not later.any() or not (hidden == later).all():
             return False
         gone = bool(np.isneginf(self.constant[hidden]).all())
         rest = np.where(hidden, np.float32(0), self.constant)

@@ -66,14 +66,21 @@ class FuseAttention:
         except Refused as why:
             # A layer behind a softmax need not be attention: only a product would tell.
             return None if self.table.layer(call) else Reject(where, str(why))
+        if scores is None:
+            return None
         try:
-            if scores is None:
-                return None
-            # Slices are read in place, or else they are tensors of their own.
-            out = self._build(graph, call, scores, slices=True)
-            return self._build(graph, call, scores, slices=False) if out is None else out
+            if (out := self._in_place(graph, call, scores)) is not None:
+                return out
+            return self._build(graph, call, scores, slices=False)
         except Refused as why:
             return Reject(where, str(why))
+
+    def _in_place(self, graph: Graph, call: relax.Call, scores: Scores) -> relax.Expr | None:
+        """Return the attention that reads slices where they are, or None where it cannot."""
+        try:
+            return self._build(graph, call, scores, slices=True)
+        except Refused:
+            return None  # as tensors of their own the same slices may do
 
     def _is_product(self, expr: relax.Expr) -> bool:
         return compat.op_name(expr) == "relax.matmul" or self.table.layer(expr) is not None

@@ -493,6 +493,30 @@ def test_the_mask_may_be_a_constant():
     check_compiled(module(body, QUERY, (B, H, D, Q), (B, H, Q, V)))
 
 
+CONSTANTS = {  # a mask of (queries, keys) or (keys,): whether it is causal, and what remains
+    "hidden keys": (np.where(np.arange(K) < 4, 0, -np.inf), False, "full"),
+    "the first key": (np.where(np.arange(K) < 1, 0, -1e9), False, "full"),
+    "zeros": (np.zeros((Q, K)), False, "none"),
+    "infinity": (np.triu(np.full((Q, K), -np.inf), 1), True, "none"),
+    "a large number": (np.triu(np.full((Q, K), -1e9), 1), True, "none"),
+    "a small number": (np.triu(np.full((Q, K), -1e6), 1), False, "full"),
+    "a hole": (np.triu(np.full((Q, K), -1e9), 1) * (np.arange(K) != 6), False, "full"),
+    "a bias below": (np.where(np.tri(Q, K), 0.5, -np.inf), True, "full"),
+    "low below": (np.where(np.tri(Q, K), -1e7, -1e9), False, "full"),
+    "strictly below": (np.triu(np.full((Q, K), -np.inf)), False, "full"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_constant_masks(case):
+    mask, causal, kind = CONSTANTS[case]
+    mod = module(
+        lambda e, q, k, v: attend(e, q, k, v, mask=lambda e, s: R.add(s, const(mask))),
+        QUERY, KEY, VALUE,
+    )  # fmt: skip
+    check_fused(mod, causal=causal, mask=kind, numbers=case not in ("strictly below", "low below"))
+
+
 def test_onnx_encoder_has_one_attention():
     import tvmstruct
 
