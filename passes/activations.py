@@ -18,6 +18,7 @@ PLAIN = {
     "relax.nn.relu": "relu",
     "relax.tanh": "tanh",
     "relax.sigmoid": "sigmoid",
+    "relax.nn.silu": "silu",
     "relax.nn.gelu": "gelu",
     "relax.nn.gelu_tanh": "gelu_tanh",
 }
@@ -41,11 +42,25 @@ def find_activation(graph: Graph, call: relax.Call) -> Activation | None:
     if name not in ("relax.multiply", "relax.divide"):
         return None
     scale, factors = _factors(graph, call)
+    if len(factors) == 2 and scale == 1.0:
+        return _gated(graph, *factors) or _gated(graph, *factors[::-1])
     if len(factors) != 2 or not _near(scale, 0.5):
         return None
     for x, other in (factors, factors[::-1]):
         if (found := _gelu(graph, x, other)) is not None:
             return found
+    return None
+
+
+def _gated(graph: Graph, x: relax.Expr, other: relax.Expr) -> Activation | None:
+    """Match ``x sigmoid(x)`` and ``x sigmoid(1.702 x)``."""
+    sigmoid = graph.call(other, "relax.sigmoid")
+    if sigmoid is None or not graph.single(other):
+        return None
+    scale, factors = _factors(graph, sigmoid.args[0])
+    names = [n for n, s in (("silu", 1.0), ("gelu_sigmoid", 1.702)) if _near(scale, s)]
+    if len(factors) == 1 and factors[0].same_as(x) and names:
+        return Activation(names[0], x, 2)
     return None
 
 

@@ -19,6 +19,7 @@ from tvmstruct.layers import Layer, LayerTable
 from tvmstruct.rewrite import Graph, Reject
 
 R = relax.op
+Weight = tuple[str, np.ndarray, bool]  # name, value, and whether the source's array is transposed
 
 
 class CanonicalizeDense:
@@ -40,7 +41,7 @@ class CanonicalizeDense:
             return self._from_left(call, w, *left)
         return None
 
-    def _weight(self, graph: Graph, expr: relax.Expr) -> tuple[str, np.ndarray, bool] | None:
+    def _weight(self, graph: Graph, expr: relax.Expr) -> Weight | None:
         """Return name and value of a constant, transposed as the graph does it, and whether so."""
         value = graph.value(expr)
         if (transposed := graph.call(value, "relax.permute_dims")) is not None:
@@ -50,6 +51,9 @@ class CanonicalizeDense:
             axes = transposed.attrs.axes
             order = list(range(found[1].ndim))[::-1] if axes is None else [int(a) for a in axes]
             return found[0], found[1].transpose(order), found[2] ^ (order != sorted(order))
+        if (reshaped := graph.call(value, "relax.reshape", "relax.broadcast_to")) is not None:
+            found = self._weight(graph, reshaped.args[0])
+            return found and _same_matrix(found, reshaped)
         if not compat.is_constant(value):
             return None
         array = compat.constant_array(value)
@@ -83,6 +87,17 @@ class CanonicalizeDense:
         layer = Layer((name,), ops.Dense(w.T), transposed=not flipped)
         y = self.table.call(layer, [R.permute_dims(x)], (shape[1], w.shape[0]))
         return R.permute_dims(y)
+
+
+def _same_matrix(found: Weight, call: relax.Call) -> Weight | None:
+    """Return a weight reshaped as the graph does it, or, where only repeated, the weight itself."""
+    name, array, flipped = found
+    shape = compat.static_shape(call)
+    if shape is None:
+        return None
+    if compat.op_name(call) == "relax.reshape":
+        return name, array.reshape(shape), flipped
+    return found if array.ndim == 2 and shape[-2:] == array.shape else None
 
 
 def _refusal(call, shape, out, w: np.ndarray) -> str:

@@ -33,13 +33,13 @@ class MergeSharedInput:
         args = arguments(call)
         sources = [graph.value(a) for a in args[:3]]
         layers = [self.table.layer(s) for s in sources]
-        groups = _same_input(graph, args[:3], sources, layers)
+        layouts = (node.q_layout, node.k_layout, node.v_layout)
+        groups = _same_input(graph, args[:3], sources, layers, layouts)
         if len(groups) < 2:
             return None
         merged, width = self._merge(groups, sources, layers)
-        layouts = {"q_layout": 0, "k_layout": 1, "v_layout": 2}
         changed, offset = {}, 0
-        for name, i in layouts.items():
+        for i, name in enumerate(("q_layout", "k_layout", "v_layout")):
             if i in groups:
                 changed[name] = (width, offset)
                 args[i] = merged
@@ -67,13 +67,17 @@ class MergeSharedInput:
         return call, weights.shape[1]
 
 
-def _same_input(graph: Graph, args, sources, layers) -> list[int]:
-    """Return which of q, k and v are plain dense layers of the rows that most of them read."""
+def _same_input(graph: Graph, args, sources, layers, layouts) -> list[int]:
+    """Return which of q, k and v are plain dense layers of the rows that most of them read.
+
+    What is a slice of a layer stays as it is.
+    """
     plain = [
         i
-        for i, (arg, layer) in enumerate(zip(args, layers, strict=True))
+        for i, (arg, layer, layout) in enumerate(zip(args, layers, layouts, strict=True))
         if layer is not None
         and isinstance(layer.op, ops.Dense)
+        and layout == (layer.op.n_out, 0)
         and layer.activation == "none"
         and not layer.residual
         and graph.single(arg)

@@ -64,6 +64,8 @@ def activate(name: str, v: np.ndarray) -> np.ndarray:
             "relu": lambda: np.maximum(v, 0),
             "tanh": lambda: np.tanh(v),
             "sigmoid": lambda: 1 / (1 + np.exp(-v)),
+            "silu": lambda: v / (1 + np.exp(-v)),
+            "gelu_sigmoid": lambda: v / (1 + np.exp(-1.702 * v)),
             "gelu": lambda: v / 2 * (1 + erf(v * math.sqrt(0.5))),
             "gelu_tanh": lambda: (
                 v / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))

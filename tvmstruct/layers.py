@@ -60,7 +60,11 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Attention:
-    """Fused attention on row buffers; a layout is (width, offset of the first head)."""
+    """Fused attention on row buffers; a layout is (width, offset of the first head).
+
+    Query head h reads key and value head ``h // (heads // kv_heads)``; no ``kv_heads`` means as
+    many as heads. ``causal`` hides key j from query i < j.
+    """
 
     heads: int
     head_dim: int

@@ -26,6 +26,7 @@ from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
+from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
@@ -99,10 +100,11 @@ def _find_layers(
 
 
 def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
+    yield RecognizeSoftmax()
+    yield FuseAttention(table)  # before epilogues, which would take masks for residuals
     for _ in range(STEPS):
         yield FuseEpilogue(table)
     yield RecognizeLayerNorm()
-    yield FuseAttention(table)
     yield SimplifyLayout()
     yield SimplifyLayout()
     yield MergeSharedInput(table)

@@ -9,11 +9,19 @@ import tvm
 from tvm import relax
 
 from tvmstruct import compat
-from tvmstruct.layers import Attention, FeedForward, Form, Layer, LayerTable, ProjectedAttention
+from tvmstruct.layers import (
+    Attention,
+    FeedForward,
+    Form,
+    Layer,
+    LayerTable,
+    ProjectedAttention,
+    arguments,
+)
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 
-REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm")
+REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm", "split_feed_forward")
 
 
 def layer_records(
@@ -40,15 +48,13 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
         if isinstance(node, ProjectedAttention):
             node, projection = node.attention, node.projection
         if isinstance(node, Attention):
-            merged = len({node.q_layout[0], node.k_layout[0], node.v_layout[0]}) == 1
-            shared = merged and node.q_layout != node.k_layout
-            what = "q, k, v from one merged layer" if shared else "q, k, v from separate layers"
             yield LayerRecord(
                 f"attention.{count}",
                 (node.heads, node.head_dim),
                 "attention",
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
-                reason=f"fused, running maximum, mask {node.mask}; {what}{_into(projection)}",
+                reason=f"fused, running maximum, {_scores(node)}; "
+                f"{_sources(node, value)}{_into(projection)}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -65,6 +71,28 @@ def _into(projection: Layer | None) -> str:
     if projection is None:
         return "; heads side by side in memory"
     return f"; each head into {projection.names[0]} at once"
+
+
+def _scores(node: Attention) -> str:
+    """Return the mask and the key heads of an attention in words."""
+    words = [f"mask {node.mask}", *(["causal"] if node.causal else [])]
+    if node.kv_heads:
+        words.append(f"{node.kv_heads} key head{'s' if node.kv_heads > 1 else ''}")
+    return ", ".join(words)
+
+
+def _sources(node: Attention, call: relax.Expr) -> str:
+    """Return which of queries, keys and values are slices of the rows of one merged layer."""
+    layouts = {"q": node.q_layout, "k": node.k_layout, "v": node.v_layout}
+    rows = dict(zip(layouts, arguments(call), strict=False))
+    merged = [
+        a
+        for a in layouts
+        if any(rows[a].same_as(rows[b]) and layouts[a] != layouts[b] for b in layouts)
+    ]
+    return (
+        f"{', '.join(merged)} from one merged layer" if merged else "q, k, v from separate layers"
+    )
 
 
 def tuned_records(records: list[LayerRecord], rows: Mapping[str, int]) -> list[LayerRecord]:

@@ -45,7 +45,7 @@ class Graph:
         self.bound = get_var2val(func)
         self.uses: Counter[relax.Var] = Counter()
         for value in [*self.bound.values(), func.body.body]:
-            self.uses.update(_operands(value))
+            self.uses.update(operands(value))
 
     def value(self, expr: relax.Expr) -> relax.Expr:
         """Follow a variable to the expression bound to it."""
@@ -70,16 +70,16 @@ class Graph:
         return None
 
 
-def _operands(value: relax.Expr) -> Iterator[relax.Var]:
+def operands(value: relax.Expr) -> Iterator[relax.Var]:
     """Yield the variables that one bound value reads, as often as it reads them."""
     if isinstance(value, relax.Call):
         for arg in value.args:
-            yield from _operands(arg)
+            yield from operands(arg)
     elif isinstance(value, relax.Tuple):
         for item in value.fields:
-            yield from _operands(item)
+            yield from operands(item)
     elif isinstance(value, relax.TupleGetItem):
-        yield from _operands(value.tuple_value)
+        yield from operands(value.tuple_value)
     elif isinstance(value, relax.Var):
         yield value
     elif isinstance(value, (relax.SeqExpr, relax.If, relax.Function)):

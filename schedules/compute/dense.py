@@ -30,6 +30,8 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": lambda v: T.max(T.float32(0), v),  # in this order NaN stays NaN
     "tanh": T.tanh,
     "sigmoid": T.sigmoid,
+    "silu": lambda v: v * T.sigmoid(v),
+    "gelu_sigmoid": lambda v: v * T.sigmoid(T.float32(1.702) * v),
     "gelu": lambda v: v * T.float32(0.5) * (T.float32(1) + T.erf(v * T.float32(0.5**0.5))),
     "gelu_tanh": lambda v: (
         v * T.sigmoid(T.float32(1.5957691216057308) * (v + T.float32(0.044715) * v * v * v))

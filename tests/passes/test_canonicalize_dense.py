@@ -32,6 +32,16 @@ PLACES = {
     "identity": (lambda emit, x: R.matmul(x, R.permute_dims(const(W), [0, 1])), (5, 24), False),
     "rank 3": (lambda emit, x: R.matmul(x, const(W)), (2, 5, 24), False),
     "rank 4": (lambda emit, x: R.matmul(x, const(W)), (2, 3, 5, 24), False),
+    "repeated": (
+        lambda emit, x: R.matmul(x, R.broadcast_to(const(W), (2, 24, 40))),
+        (2, 5, 24),
+        False,
+    ),
+    "reshaped": (
+        lambda emit, x: R.matmul(x, R.reshape(const(W.reshape(24, 8, 5)), (24, 40))),
+        (5, 24),
+        False,
+    ),
     "vector": (lambda emit, x: R.matmul(x, const(W)), (24,), False),
     "left": (lambda emit, x: R.matmul(const(W), x), (40, 5), True),
     "left, transposed": (lambda emit, x: R.matmul(R.permute_dims(const(W.T)), x), (40, 5), False),

@@ -47,6 +47,12 @@ ACTIVATIONS = {
     "relu": ("relu", lambda emit, h: R.nn.relu(h)),
     "tanh": ("tanh", lambda emit, h: R.tanh(h)),
     "sigmoid": ("sigmoid", lambda emit, h: R.sigmoid(h)),
+    "silu op": ("silu", lambda emit, h: R.nn.silu(h)),
+    "silu": ("silu", lambda emit, h: R.multiply(emit(R.sigmoid(h)), h)),
+    "sigmoid gelu": (
+        "gelu_sigmoid",
+        lambda emit, h: R.multiply(h, emit(R.sigmoid(emit(R.multiply(h, const(1.702)))))),
+    ),
     "gelu op": ("gelu", lambda emit, h: R.nn.gelu(h)),
     "gelu_tanh op": ("gelu_tanh", lambda emit, h: R.nn.gelu_tanh(h)),
     "torch": (
@@ -94,7 +100,7 @@ def test_activations_in_every_spelling(spelling, shape, numbers):
         check_compiled(mod)
 
 
-@pytest.mark.parametrize("spelling", ["relu", "torch", "cube by power"])
+@pytest.mark.parametrize("spelling", ["relu", "torch", "cube by power", "silu", "sigmoid gelu"])
 def test_activations_compute_the_same(spelling):
     _, body = ACTIVATIONS[spelling]
     check_compiled(module(lambda emit, x: body(emit, linear(emit, x)), (2, 3, 24)))
@@ -114,7 +120,8 @@ NOT_GELU = {
     "other input": lambda emit, h: R.multiply(
         emit(R.multiply(emit(R.tanh(h)), HALF)), one_plus_erf(emit, h)
     ),
-    "quick": lambda emit, h: R.multiply(h, emit(R.sigmoid(emit(R.multiply(h, const(1.702)))))),
+    "quick": lambda emit, h: R.multiply(h, emit(R.sigmoid(emit(R.multiply(h, const(1.6)))))),
+    "sigmoid of another": lambda emit, h: R.multiply(h, emit(R.sigmoid(emit(R.negative(h))))),
     "other cube": lambda emit, h: tanh_gelu(emit, h, emit(R.power(h, const(3.01)))),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -166,16 +168,71 @@ def test_two_layers_in_a_row_become_one_call():
     assert (node.up.activation, node.down.activation) == ("gelu", "none")
 
 
+def split_refusal(body, *shapes, change=None):
+    """Return why two layers for which splitting pays stay apart, after a change of both."""
+    mod, table, _ = dense(module(body, *shapes))
+    if change is not None:
+        table.nodes[:] = map(change, table.nodes)
+    mod, log = transform(mod, SimplifyLayout(), SplitFeedForward(table, PAYS))
+    assert len(nodes(mod, table)) == 2
+    ((rule, where, why),) = log.rejected
+    assert (rule, where) == ("split_feed_forward", f"feed_forward.{nodes(mod, table)[0].names[0]}")
+    return why
+
+
 def doubly_read(emit, x):
     h = emit(R.nn.relu(emit(R.matmul(x, const(PLAIN)))))
     return R.matmul(h, const(models.weight(64, 48, seed=4))), R.negative(h)
 
 
-def test_what_is_not_split():
-    assert len(split(doubly_read, (5, 48))) == 2
-    activated = lambda emit, x: R.nn.relu(emit(feed_forward(emit, x)))  # noqa: E731
-    assert len(split(activated, (5, 48))) == 2
-    assert len(split(feed_forward, (5, 48), kernels=X86Kernels(ISAS[0]))) == 2
+def test_hidden_features_that_are_an_output_are_not_split():
+    assert split_refusal(doubly_read, (5, 48)) == "the hidden features are read elsewhere too"
+
+
+def test_an_activation_after_the_second_layer_is_not_split():
+    def body(emit, x):
+        return R.nn.relu(emit(feed_forward(emit, x)))
+
+    assert "relu follows constant_" in split_refusal(body, (5, 48))
+
+
+def test_an_unknown_activation_is_named():
+    def body(emit, x):
+        return feed_forward(emit, x, between=lambda e, h: R.multiply(h, emit(R.tanh(h))))
+
+    assert "relax.multiply stands between constant_" in split_refusal(body, (5, 48))
+
+
+def test_a_residual_between_is_not_split():
+    def body(emit, x, r):
+        return feed_forward(emit, x, between=lambda e, h: R.add(r, e(R.nn.gelu(h))))
+
+    assert "a residual or a normalisation follows" in split_refusal(body, (5, 48), (5, 64))
+
+
+def test_layers_in_another_form_or_precision_are_not_split():
+    why = split_refusal(feed_forward, (5, 48), change=lambda n: replace(n, precision="int8"))
+    assert "is Dense int8, want Dense f32" in why
+
+    def structured(layer):
+        return replace(layer, op=BLOCKS) if layer.op.n_out == 64 else layer
+
+    assert "is Product f32, want Dense f32" in split_refusal(
+        feed_forward, (5, 48), change=structured
+    )
+
+
+def test_what_splitting_has_nothing_to_say_about():
+    assert len(split(feed_forward, (5, 48), kernels=X86Kernels(ISAS[0]))) == 2  # too small
+
+    def body(emit, x):  # two layers without an activation are no feed-forward block
+        h = emit(R.matmul(x, const(PLAIN)))
+        return R.matmul(h, const(models.weight(64, 48, seed=4))), R.negative(h)
+
+    mod, table, _ = dense(module(body, (5, 48)))
+    mod, log = transform(mod, SimplifyLayout(), SplitFeedForward(table, PAYS))
+    assert len(nodes(mod, table)) == 2
+    assert not log.rejected
 
 
 def test_split_feed_forward_computes_the_same():

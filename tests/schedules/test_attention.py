@@ -45,8 +45,8 @@ def run(isa, q, k, v, *, scale=0.3, mask=None, kind="none", **options):
     (batch, heads, length, dim), value_dim = q.shape, v.shape[3]
     func = attention(
         isa, heads=heads, head_dim=dim, value_dim=value_dim, query_length=length,
-        key_length=k.shape[2], q_layout=(heads * dim, 0), k_layout=(heads * dim, 0),
-        v_layout=(heads * value_dim, 0), scale=scale, mask=kind, **options,
+        key_length=k.shape[2], q_layout=(heads * dim, 0), k_layout=(k.shape[1] * dim, 0),
+        v_layout=(k.shape[1] * value_dim, 0), scale=scale, mask=kind, **options,
     )  # fmt: skip
     arrays = [as_rows(q), as_rows(k), as_rows(v), *([] if mask is None else [mask])]
     out = tvm.runtime.tensor(np.full((batch * length, heads * value_dim), 7, "float32"))
@@ -250,5 +250,7 @@ def test_rejects_unknown_masks():
     layouts = {"q_layout": layout, "k_layout": layout, "v_layout": layout}
     with pytest.raises(ValueError, match='mask is "rows", want'):
         attention(isa, **sizes, **layouts, mask="rows")
+    with pytest.raises(ValueError, match="1 heads of q do not share 2 of k and v"):
+        attention(isa, **sizes, **layouts, kv_heads=2)
     with pytest.raises(ValueError, match="unknown mask_dims"):
         attention(isa, **sizes, **layouts, mask="full", mask_dims=("keys",))

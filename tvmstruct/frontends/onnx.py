@@ -18,6 +18,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorError
 from tvmstruct.frontends.analyse import describe_outputs, find_limits, find_token_inputs
+from tvmstruct.frontends.einsum import einsum
 from tvmstruct.frontends.fold import Folded, describe, fold, fold_static
 from tvmstruct.frontends.source import Shape, Source
 from tvmstruct.frontends.validate import Graph, attribute, check_model, read_model
@@ -78,6 +79,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return self.bb.normalize(self._gather(node, inputs[0], inputs[1]))
         if op_name in ("Max", "Min", "Clip"):
             return self._bound(op_name, list(inputs))
+        if op_name == "Einsum":
+            equation = attrs["equation"].decode()
+            if (found := einsum(self.bb.normalize, equation, list(inputs))) is not None:
+                return found
+        if op_name == "Tile" and (counts := self.folded.constants.get(node.input[1])) is not None:
+            return relax.op.tile(inputs[0], [int(n) for n in counts])
         return super()._convert_operator(op_name, inputs, attrs, opset)
 
     def _gather(self, node: NodeProto, data: relax.Expr, index: relax.Expr) -> relax.Expr:

@@ -1,0 +1,114 @@
+"""Compute the small constant parts of a graph, such as causal masks, with numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+from tvm import relax
+
+from tvmstruct import compat
+from tvmstruct.rewrite import Graph
+
+LIMIT = 1 << 24  # elements: the mask of 4096 by 4096 positions
+
+_ELEMENTWISE: dict[str, Callable] = {
+    "relax.add": np.add,
+    "relax.subtract": np.subtract,
+    "relax.multiply": np.multiply,
+    "relax.divide": np.divide,
+    "relax.negative": np.negative,
+    "relax.minimum": np.minimum,
+    "relax.maximum": np.maximum,
+    "relax.less": np.less,
+    "relax.less_equal": np.less_equal,
+    "relax.greater": np.greater,
+    "relax.greater_equal": np.greater_equal,
+    "relax.equal": np.equal,
+    "relax.not_equal": np.not_equal,
+    "relax.logical_and": np.logical_and,
+    "relax.logical_or": np.logical_or,
+    "relax.logical_not": np.logical_not,
+    "relax.where": np.where,
+}
+_SHAPED: dict[str, Callable] = {
+    "relax.reshape": np.reshape,
+    "relax.expand_dims": np.reshape,
+    "relax.squeeze": np.reshape,
+    "relax.broadcast_to": np.broadcast_to,
+    "relax.full": np.broadcast_to,
+}
+
+
+def evaluate(graph: Graph, expr: relax.Expr) -> np.ndarray | None:
+    """Return the value of an expression that reads no input, or None."""
+    value = graph.value(expr)
+    if compat.is_constant(value):
+        return compat.constant_array(value)
+    if not isinstance(value, relax.Call) or not _known(value):
+        return None
+    with np.errstate(all="ignore"):
+        return _call(graph, value)
+
+
+def number(graph: Graph, expr: relax.Expr) -> float | None:
+    """Return the one number that a constant holds everywhere, or None."""
+    value = graph.value(expr)
+    if compat.op_name(value) == "relax.full_like":
+        expr = value.args[1]
+    elif compat.op_name(value) == "relax.zeros_like":
+        return 0.0
+    array = evaluate(graph, expr)
+    if array is None or not array.size or (array != array.flat[0]).any():
+        return None
+    return float(array.flat[0])
+
+
+def _known(call: relax.Call) -> bool:
+    shape = compat.static_shape(call)
+    named = ("bool", "int", "uint", "float")
+    return shape is not None and prod(shape) <= LIMIT and compat.dtype_of(call).startswith(named)
+
+
+def _call(graph: Graph, call: relax.Call) -> np.ndarray | None:
+    name, shape, dtype = compat.op_name(call), compat.static_shape(call), compat.dtype_of(call)
+    assert shape is not None
+    if name == "relax.arange":
+        first, _, step = (getattr(a, "value", None) for a in call.args)
+        if first is None or step is None:
+            return None
+        return (int(first) + int(step) * np.arange(shape[0])).astype(dtype)
+    operands = _operands(graph, call, name)
+    if operands is None:
+        return None
+    if name in _ELEMENTWISE:
+        return np.asarray(_ELEMENTWISE[name](*operands), dtype)
+    if name in _SHAPED:
+        return np.asarray(_SHAPED[name](operands[0], shape), dtype)
+    if name == "relax.astype":
+        return operands[0].astype(dtype)
+    if name == "relax.full_like":
+        return np.full(shape, operands[0], dtype)
+    if name == "relax.permute_dims":
+        axes = call.attrs.axes
+        return operands[0].transpose(None if axes is None else [int(a) for a in axes])
+    if (
+        name in ("relax.triu", "relax.tril")
+        and (k := getattr(call.args[1], "value", None)) is not None
+    ):
+        return getattr(np, name[-4:])(operands[0], int(k))
+    return None
+
+
+def _operands(graph: Graph, call: relax.Call, name: str) -> list[np.ndarray] | None:
+    places = {"relax.full": [1], "relax.full_like": [1], "relax.triu": [0], "relax.tril": [0]}
+    args = [call.args[i] for i in places.get(name, range(len(call.args)))]
+    tensors = args if name in _ELEMENTWISE else args[:1]
+    found = []
+    for arg in tensors:
+        array = evaluate(graph, arg)
+        if array is None:
+            return None
+        found.append(array)
+    return found
