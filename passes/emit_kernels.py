@@ -16,6 +16,7 @@ from tvmstruct.layers import (
     Layer,
     LayerNorm,
     LayerTable,
+    MinimalAttention,
     Node,
     ProjectedAttention,
     arguments,
@@ -23,7 +24,7 @@ from tvmstruct.layers import (
 )
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
-from tvmstruct.schedules.compute.dense import pack
+from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.low_precision import pair_vectors
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
@@ -116,6 +117,32 @@ class EmitKernels:
         sizes = (up.op.n_in, up.op.n_out, down.op.n_out)
         kernel = self.kernels.feed_forward(sizes, up.epilogue, down.epilogue, shape[0])
         return kernel, [x, *self._packed(up), *self._packed(down), *residual]
+
+    @_kernel.register
+    def _(self, node: MinimalAttention, args, shape):
+        inputs = 3 + (node.attention.mask != "none")
+        kernel = self.kernels.minimal_attention(
+            node.attention, node.sources, node.projection.epilogue, shape
+        )
+        counts = self.kernels.source_heads(node.attention)
+        made = [
+            tensor
+            for layer, count in zip(node.sources, counts, strict=True)
+            for tensor in self._packed_heads(layer, count)
+        ]
+        weights = self._packed(node.projection)
+        return kernel, [*args[:3], *made, *args[3:inputs], *weights, *args[inputs:]]
+
+    def _packed_heads(self, layer: Layer, heads: int) -> list[relax.Expr]:
+        """Return a weight and its bias packed head by head."""
+        assert isinstance(layer.op, ops.Dense)
+        width, w = self.kernels.panel_width, layer.op.w
+        key = f"{layer.key}#heads{heads}x{width}"
+        made = [relax.const(self.store.tensor(key, lambda: pack_heads(w, heads, width)))]
+        if layer.bias is not None:
+            bias = np.asarray(layer.bias, np.float32)
+            made.append(relax.const(self.store.small("bias", pad_heads(bias, heads, width))))
+        return made
 
     def _packed(self, layer: Layer) -> list[relax.Expr]:
         """Return the packed weight of a dense layer and its bias."""

@@ -127,7 +127,7 @@ class FuseAttention:
         depth, width = size_of(loops.depth), size_of(loops.width)
         node = Attention(
             heads, depth, width, size_of(loops.queries), size_of(loops.keys), scale,
-            *layouts, kind, dims, kv_heads if kv_heads < heads else 0, causal,
+            *layouts, kind, dims, causal, kv_heads if kv_heads < heads else 0,
         )  # fmt: skip
         y = self.table.call(
             node, [*args] if mask is None else [*args, mask], (size_of(rows["q"]), heads * width)

@@ -43,6 +43,11 @@ class SimplifyLayout:
         shape = compat.static_shape(x)
         if shape is not None and _moves_only_ones(shape, axes):
             return R.reshape(x, tuple(shape[a] for a in axes))
+        if shape is not None and 1 in shape:  # axes of one would hide that transposes cancel
+            kept = [a for a in axes if shape[a] != 1]
+            order = [sorted(kept).index(a) for a in kept]
+            small = R.reshape(x, tuple(n for n in shape if n != 1))
+            return R.reshape(R.permute_dims(small, order), tuple(shape[a] for a in axes))
         return None if x.same_as(call.args[0]) else R.permute_dims(x, axes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -77,6 +77,20 @@ class Kernels(Protocol):
 
     def projected_attention(self, node, n: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return fused attention and its output projection in one."""
+        ...
+
+    def minimises_attention(self, n: int) -> bool:
+        """Return whether attention that makes q, k and v can be projected to n features."""
+        ...
+
+    def source_heads(self, node) -> tuple[int, int, int]:
+        """Return the heads of q, k and v of an `Attention` node."""
+        ...
+
+    def minimal_attention(
+        self, node, sources: Sequence, epilogue: Epilogue, shape: tuple[int, ...]
+    ) -> Kernel:
+        """Return attention that makes q, k and v and projects its result to ``shape``."""
         ...
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:

@@ -21,6 +21,7 @@ from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.targets import TargetSpec, resolve
 
 Shapes = Mapping[str, Sequence[int]]
+MEMORIES = ("auto", "minimal", "baseline")
 PRECISIONS = ("f32", "bf16", "bf16-weights", "int8")
 
 
@@ -30,6 +31,7 @@ def compile(
     *,
     plan: Plan | Mapping[str, Any] | str | Path | None = None,
     precision: str = "f32",
+    memory: str = "auto",
     skip: None = None,
     buckets: str | Sequence[Mapping[str, int]] = "auto",
     threads: int | None = None,
@@ -42,6 +44,10 @@ def compile(
     "int8" (a scale per output column and per row of the input); the sums are float32 or exact
     int32; structured layers keep their inputs in float32, and under int8 their weights too;
     attention and normalisation stay in float32, and ``report()`` says what every layer lost.
+    ``memory`` says how attention and feed-forward are cut (NLP-Fast, Table III): "auto" takes
+    heads and chunks of hidden features one after the other where that is no slower, "minimal"
+    makes queries, keys and values head by head too and never holds a whole hidden layer,
+    "baseline" keeps scores, probabilities and hidden features in memory, to compare with.
     ``buckets`` is "auto" (pad a batch or a length to the next of a few sizes where that provably
     or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
@@ -51,10 +57,10 @@ def compile(
 
     Raises TuningError, TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
     """
-    _check_options(precision, skip)
+    _check_options(precision, memory, skip)
     spec = resolve(target)
     source = as_source(source)
-    compiler = Compiler(source, spec, _plan(plan, source), precision, database)
+    compiler = Compiler(source, spec, _plan(plan, source), precision, database, memory)
     model = CompiledModel(
         source.inputs,
         source.outputs,
@@ -91,9 +97,10 @@ class Compiler:
         plan: Plan,
         precision: str = "f32",
         database: str | Path | None = None,
+        memory: str = "auto",
     ) -> None:
         self.source = source
-        self.session = new_session(spec, plan, precision)
+        self.session = new_session(spec, plan, precision, memory)
         self.session.select = selector(database, spec)
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
@@ -152,17 +159,27 @@ def check_precision(precision: str) -> None:
 
 
 def new_session(
-    spec: TargetSpec, plan: Plan | None = None, precision: str = "f32"
+    spec: TargetSpec,
+    plan: Plan | None = None,
+    precision: str = "f32",
+    memory: str = "auto",
 ) -> pipeline.Session:
     """Return a session without kernels; TargetError where the CPU cannot compute the precision."""
-    kernels = X86Kernels(spec.isa, spec.threads, spec.features)
+    kernels = X86Kernels(spec.isa, spec.threads, spec.features, least_memory=memory == "minimal")
     if precision != "f32":
         kernels.precision(precision)
     plan = Plan() if plan is None else plan
-    return pipeline.Session(spec, kernels, plan, precision=precision)
+    return pipeline.Session(spec, kernels, plan, precision=precision, memory=memory)
 
 
-def _check_options(precision: str, skip: object) -> None:
+def check_memory(memory: str) -> None:
+    """Raise InputError where there is no such way to cut a model."""
+    if memory not in MEMORIES:
+        raise InputError(f"memory={memory!r} is unknown; known: {', '.join(MEMORIES)}")
+
+
+def _check_options(precision: str, memory: str, skip: object) -> None:
     check_precision(precision)
+    check_memory(memory)
     if skip is not None:
         raise InputError(f"skip={skip!r}: this version has no skip; leave it None")

@@ -93,6 +93,19 @@ class ProjectedAttention:
 
 
 @dataclass(frozen=True)
+class MinimalAttention:
+    """Attention, its output projection, and the layers that make its queries, keys and values.
+
+    Arguments are the inputs of ``sources`` (q, k, v), the mask of ``attention`` if it has one,
+    and those of ``projection`` after its input.
+    """
+
+    attention: Attention
+    sources: tuple[Layer, Layer, Layer]
+    projection: Layer
+
+
+@dataclass(frozen=True)
 class LayerNorm:
     """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis."""
 
@@ -113,7 +126,7 @@ class Form:
     bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
-Node = Layer | FeedForward | Attention | ProjectedAttention | LayerNorm
+Node = Layer | FeedForward | Attention | ProjectedAttention | MinimalAttention | LayerNorm
 
 
 def weights_of(node: Node) -> tuple[Layer, ...]:
@@ -122,6 +135,8 @@ def weights_of(node: Node) -> tuple[Layer, ...]:
         return (node.up, node.down)
     if isinstance(node, ProjectedAttention):
         return (node.projection,)
+    if isinstance(node, MinimalAttention):
+        return (*node.sources, node.projection)
     if isinstance(node, Layer):
         return node.parts or (node,)
     return ()

@@ -27,8 +27,10 @@ from tvmstruct.targets import TargetSpec, check_runs_here, host_features
 if TYPE_CHECKING:
     from tvmstruct.artifact import Artifact
     from tvmstruct.compiler import Compiler
+    from tvmstruct.footprint import Footprint
     from tvmstruct.pipeline import Lowered
 
+CUT = ("attention", "feed-forward")  # forms that depend on the shape: the last one is reported
 Shapes = Mapping[str, Sequence[int]]
 Key = tuple[tuple[int, ...], ...]
 
@@ -260,7 +262,8 @@ class CompiledModel:
             bucket = self.compiler.bucket(dict(zip(shapes, key, strict=True)))
             assert bucket.lowered is not None
             for record in bucket.lowered.layers:
-                self._records.setdefault(record.name, record)
+                if record.form in CUT or record.name not in self._records:
+                    self._records[record.name] = record
             self.buckets[key] = bucket
             while len(self.buckets) > KEEP and self.policy.kind != "fixed":
                 self.buckets.popitem(last=False)
@@ -284,7 +287,24 @@ class CompiledModel:
         shapes = tuple(
             " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
         )
-        return Report(tuple(records), self.spec.key, shapes, self.padder.notes)
+        return Report(tuple(records), self.spec.key, shapes, (*self.padder.notes, *self._memory()))
+
+    def footprint(self, shapes: Shapes) -> Footprint:
+        """Return the memory that intermediate results take at input shapes, compiled if need be.
+
+        Raises InputError as `compile_bucket` does, and for a loaded model, which has no plan.
+        """
+        lowered = self._bucket(self._sizes(self._checked_shapes(shapes))).lowered
+        if lowered is None:
+            raise InputError("a loaded model does not know its memory plan; compile its source")
+        return lowered.footprint
+
+    def _memory(self) -> tuple[str, ...]:
+        """Return a note on the memory of the bucket that was compiled last."""
+        bucket = next(reversed(self.buckets.values()), None)
+        if bucket is None or bucket.lowered is None:
+            return ()
+        return (f"intermediate results of the last: {bucket.lowered.footprint}",)
 
     def save(self, path: str | Path) -> None:
         """Write the compiled buckets and the weights to one file; see `tvmstruct.load`."""

@@ -12,6 +12,7 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct import compat
+from tvmstruct.footprint import Footprint, footprint
 from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
 from tvmstruct.layers import Form, LayerTable
 from tvmstruct.passes.apply_plan import ApplyPlan
@@ -24,6 +25,7 @@ from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
+from tvmstruct.passes.minimise_attention import MinimiseAttention
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
@@ -40,6 +42,7 @@ from tvmstruct.schedules.registry import KERNEL, Kernel
 from tvmstruct.targets import TargetSpec
 from tvmstruct.weights import WeightStore
 
+LAYOUTS = 4  # rounds in which the layouts of attention and of the graph around it cancel
 STEPS = 4  # an epilogue has at most bias, activation, residual; each round folds one of them
 
 
@@ -54,6 +57,7 @@ class Session:
     forms: dict[str, Form] = field(default_factory=dict)
     select: Select = keep_default
     precision: str = "f32"
+    memory: str = "auto"
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Lowered:
     weights: list[str]
     layers: list[LayerRecord]
     calls: list[KernelCall]
+    footprint: Footprint
 
 
 def lower(mod: tvm.IRModule, session: Session) -> Lowered:
@@ -84,8 +89,11 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
+    mod = _plan_memory(mod, session)
     layers = tuned_records(layers, emit.tuned)
-    return Lowered(mod, dict(emit.used), lift.names, layers, emit.calls)
+    funcs = (kernel.func for kernel in emit.used.values())
+    memory = footprint(mod, funcs, session.spec.threads)
+    return Lowered(mod, dict(emit.used), lift.names, layers, emit.calls, memory)
 
 
 def _find_layers(
@@ -101,17 +109,23 @@ def _find_layers(
 
 def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     yield RecognizeSoftmax()
-    yield FuseAttention(table)  # before epilogues, which would take masks for residuals
+    partitioned = session.memory != "baseline"
+    if partitioned:
+        yield FuseAttention(table)  # before epilogues, which would take masks for residuals
     for _ in range(STEPS):
         yield FuseEpilogue(table)
     yield RecognizeLayerNorm()
-    yield SimplifyLayout()
-    yield SimplifyLayout()
-    yield MergeSharedInput(table)
+    for _ in range(LAYOUTS):
+        yield SimplifyLayout()
+    if session.memory != "minimal":  # one head's share of q, k and v is made at a time there
+        yield MergeSharedInput(table)
     yield FuseLayerNorm(table)
     yield SimplifyLayout()
-    yield ProjectAttention(table, session.kernels)
-    yield SplitFeedForward(table, session.kernels)
+    if session.memory == "minimal":
+        yield MinimiseAttention(table, session.kernels)
+    if partitioned:
+        yield ProjectAttention(table, session.kernels)
+        yield SplitFeedForward(table, session.kernels)
 
 
 def _legalize(mod: tvm.IRModule, session: Session) -> tvm.IRModule:
@@ -133,10 +147,18 @@ def _legalize(mod: tvm.IRModule, session: Session) -> tvm.IRModule:
     return mod
 
 
+def _plan_memory(mod: tvm.IRModule, session: Session) -> tvm.IRModule:
+    """Decide which results share memory."""
+    passes = cpu_pipeline.dataflow_lower_passes(session.spec.target)
+    passes.append(relax.transform.StaticPlanBlockMemory())
+    with session.spec.target:
+        return tvm.transform.Sequential(passes)(mod)
+
+
 def build(mod: tvm.IRModule, session: Session):
     """Return the Relax executable of a scheduled module."""
     target = session.spec.target
-    passes = cpu_pipeline.dataflow_lower_passes(target) + cpu_pipeline.finalize_passes(target)
+    passes = cpu_pipeline.finalize_passes(target)  # planned memory stays as it is
     if not any(isinstance(f, tvm.tirx.PrimFunc) for f in mod.functions.values()):
         mod = tvm.IRModule(mod.functions)
         mod["tvmstruct_anchor"] = _anchor()  # bytecode without any machine code cannot be saved

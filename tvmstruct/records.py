@@ -15,13 +15,20 @@ from tvmstruct.layers import (
     Form,
     Layer,
     LayerTable,
+    MinimalAttention,
     ProjectedAttention,
     arguments,
 )
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 
-REFUSALS = ("canonicalize_dense", "fuse_attention", "fuse_layer_norm", "split_feed_forward")
+REFUSALS = (
+    "canonicalize_dense",
+    "fuse_attention",
+    "fuse_layer_norm",
+    "minimise_attention",
+    "split_feed_forward",
+)
 
 
 def layer_records(
@@ -45,7 +52,10 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
     for value in Graph(mod["main"]).bound.values():
         node = table.node(value)
         projection = None
-        if isinstance(node, ProjectedAttention):
+        made: tuple[Layer, ...] = ()
+        if isinstance(node, MinimalAttention):
+            made = node.sources
+        if isinstance(node, ProjectedAttention | MinimalAttention):
             node, projection = node.attention, node.projection
         if isinstance(node, Attention):
             yield LayerRecord(
@@ -54,7 +64,7 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 "attention",
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
                 reason=f"fused, running maximum, {_scores(node)}; "
-                f"{_sources(node, value)}{_into(projection)}",
+                f"{_made(made) or _sources(node, value)}{_into(projection)}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -65,6 +75,11 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+
+
+def _made(sources: tuple[Layer, ...]) -> str:
+    names = ", ".join(layer.names[0] for layer in sources)
+    return f"{names} computed head by head" if names else ""
 
 
 def _into(projection: Layer | None) -> str:

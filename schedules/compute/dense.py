@@ -159,6 +159,18 @@ def pack(w: np.ndarray, width: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(k, panels, width).transpose(1, 0, 2))
 
 
+def pack_heads(w: np.ndarray, heads: int, width: int) -> np.ndarray:
+    """Return a (k, heads * dim) weight as panels of each head, (heads, panels, k, width)."""
+    return np.stack([pack(np.ascontiguousarray(part), width) for part in np.split(w, heads, 1)])
+
+
+def pad_heads(bias: np.ndarray, heads: int, width: int) -> np.ndarray:
+    """Return a bias with the zeros that fill up the panels of each head."""
+    parts = bias.reshape(heads, -1)
+    rest = -parts.shape[1] % width
+    return np.ascontiguousarray(np.pad(parts, ((0, 0), (0, rest))).reshape(-1), np.float32)
+
+
 def packed_dense(
     n: int,
     k: int,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, make_kernel
-from tvmstruct.schedules.x86 import feed_forward, projected_attention, streamed_attention
+from tvmstruct.schedules.x86 import (
+    feed_forward,
+    minimal_attention,
+    projected_attention,
+    streamed_attention,
+)
 from tvmstruct.schedules.x86.attention import Heads, attention
 from tvmstruct.schedules.x86.chain import chain
 from tvmstruct.schedules.x86.generic import schedule_generic
@@ -22,8 +28,16 @@ from tvmstruct.targets import Isa
 class X86Kernels:
     """The kernels of one x86 instruction set."""
 
-    def __init__(self, isa: Isa, threads: int = 1, features: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        isa: Isa,
+        threads: int = 1,
+        features: frozenset[str] = frozenset(),
+        *,
+        least_memory: bool = False,
+    ) -> None:
         self.isa, self.threads, self.features = isa, threads, features
+        self.least_memory = least_memory
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
 
@@ -42,6 +56,8 @@ class X86Kernels:
     def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:
         """Return whether (k, hidden, n) in one kernel is legal and pays for so many rows."""
         _, hidden, n = sizes
+        if self.least_memory:
+            return feed_forward.legal(self.isa, n, hidden)
         return feed_forward.pays(self.isa, n, hidden, rows, self.threads)
 
     def feed_forward(
@@ -71,6 +87,24 @@ class X86Kernels:
         """Return fused attention and its output projection in one."""
         heads = self._heads(node)
         return projected_attention.projected_attention(heads, n, epilogue, rows, self.threads)
+
+    def minimises_attention(self, n: int) -> bool:
+        """Return whether attention that makes q, k and v can be projected to n features."""
+        return minimal_attention.legal(self.isa, n)
+
+    def source_heads(self, node) -> tuple[int, int, int]:
+        """Return the heads of q, k and v of an `Attention` node."""
+        return minimal_attention.source_heads(self._heads(node))
+
+    def minimal_attention(
+        self, node, sources: Sequence, epilogue: Epilogue, shape: tuple[int, ...]
+    ) -> Kernel:
+        """Return attention that makes q, k and v and projects its result to ``shape``."""
+        q, k, v = (
+            minimal_attention.Source(layer.op.n_in, layer.bias is not None) for layer in sources
+        )
+        sizes = minimal_attention.Sizes(self._heads(node), (q, k, v), shape[1], epilogue)
+        return minimal_attention.minimal_attention(sizes, shape[0], self.threads)
 
     def _heads(self, node) -> Heads:
         """Return the static side of an `Attention` node."""

@@ -25,7 +25,7 @@ from tvmstruct.targets import Isa
 BLOCK = 64  # rows of a block: enough to reuse a streamed panel, few enough for the cache
 HIDDEN = 256  # hidden features of a chunk: y is read and written once per chunk
 MOST = 4  # times as many rows and features at most, when tuning chooses
-MANY_ROWS = 512  # below, the hidden rows stay in cache anyway and separate kernels tie
+MANY_ROWS = 256  # below, the hidden rows stay in cache anyway and separate kernels tie
 
 
 def block_rows(rows: int, threads: int) -> int:
@@ -34,10 +34,14 @@ def block_rows(rows: int, threads: int) -> int:
     return -(-rows // (blocks * 8)) * 8
 
 
+def legal(isa: Isa, n: int, hidden: int) -> bool:
+    """Return whether both weights are whole panels."""
+    return n % panel_width(isa) == 0 and hidden % panel_width(isa) == 0
+
+
 def pays(isa: Isa, n: int, hidden: int, rows: int, threads: int) -> bool:
     """Return whether the split form is legal and the faster one for ``rows`` rows."""
-    width = panel_width(isa)
-    return n % width == 0 and hidden % width == 0 and rows >= max(MANY_ROWS, BLOCK * threads)
+    return legal(isa, n, hidden) and rows >= max(MANY_ROWS, BLOCK * threads)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.dense import Epilogue, pack
+from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
@@ -52,18 +51,6 @@ class Sizes:
     epilogue: Epilogue
 
 
-def pack_heads(w: np.ndarray, heads: int, width: int) -> np.ndarray:
-    """Return a (k, heads * dim) weight as panels of each head, (heads, panels, k, width)."""
-    return np.stack([pack(np.ascontiguousarray(part), width) for part in np.split(w, heads, 1)])
-
-
-def pad_heads(bias: np.ndarray, heads: int, width: int) -> np.ndarray:
-    """Return a bias with the zeros that fill up the panels of each head."""
-    parts = bias.reshape(heads, -1)
-    rest = -parts.shape[1] % width
-    return np.ascontiguousarray(np.pad(parts, ((0, 0), (0, rest))).reshape(-1), np.float32)
-
-
 def legal(isa, n: int) -> bool:
     """Return whether the kernel can compute a projection to n features."""
     return n % panel_width(isa) == 0
@@ -83,6 +70,11 @@ def minimal_attention(sizes: Sizes, rows: int, threads: int) -> Kernel:
     return make_kernel("minimal_attention", key, lambda: _build(sizes, within), work=work)
 
 
+def source_heads(h: Heads) -> tuple[int, int, int]:
+    """Return the heads of q, k and v."""
+    return h.heads, h.kv_heads or h.heads, h.kv_heads or h.heads
+
+
 def _dims(h: Heads) -> tuple[int, int, int]:
     return h.head_dim, h.head_dim, h.width
 
@@ -98,10 +90,11 @@ def _build(sizes: Sizes, within: bool) -> tirx.PrimFunc:
             buffers[f"x{name}"] = argument(f"x{name}", (m, i64(source.features)))
         for name, source, dim in zip("qkv", sizes.sources, _dims(h), strict=True):
             panels = -(-dim // width)
-            shape = (h.heads, panels, source.features, width)
+            heads = source_heads(h)["qkv".index(name)]
+            shape = (heads, panels, source.features, width)
             buffers[f"w{name}"] = argument(f"w{name}", tuple(map(i64, shape)))
             if source.bias:
-                buffers[f"b{name}"] = argument(f"b{name}", (i64(h.heads * panels * width),))
+                buffers[f"b{name}"] = argument(f"b{name}", (i64(heads * panels * width),))
         if h.mask != "none":
             buffers["mask"] = argument("mask", h.mask_shape())
         buffers["w"] = argument("w", (i64(sizes.n // width), i64(h.heads * h.width), i64(width)))
@@ -180,6 +173,7 @@ class _Element:
         w, bias = self.buffers[f"w{name}"], self.buffers.get(f"b{name}")
         features = self.sizes.sources["qkv".index(name)].features
         lanes, width = h.isa.lanes, VECTORS * h.isa.lanes
+        head = head // (h.heads // source_heads(h)["qkv".index(name)])
         with (
             self._blocks(count) as (sums, start),
             loops(made.stride // width) as (panel,),
