@@ -75,9 +75,10 @@ class X86Kernels:
         """Return fused attention for an `Attention` node; rows are its output rows."""
         heads = self._heads(node)
         if (count := streamed_attention.ranges(heads, rows, self.threads)) > 1:
-            return streamed_attention.streamed_attention(heads, rows, count)
+            return streamed_attention.streamed_attention(heads, rows, count, self.threads)
         work = node.heads * node.key_length * (node.head_dim + node.value_dim)
-        return make_kernel("attention", heads.key, lambda: attention(heads), work=work)
+        key = (*heads.key, self.threads if heads.skip else 0)
+        return make_kernel("attention", key, lambda: attention(heads, self.threads), work=work)
 
     def projects_attention(self, node, n: int, rows: int) -> bool:
         """Return whether attention and its projection to n in one kernel is legal and pays."""

@@ -16,6 +16,7 @@ from tvm.tirx import PrimFunc
 from tvmstruct.schedules import builder
 from tvmstruct.schedules.registry import KERNEL
 from tvmstruct.schedules.x86.attention_tile import Operands, Problem, View
+from tvmstruct.schedules.x86.dynamic import hand_out
 from tvmstruct.schedules.x86.query_tile import declare_tile
 from tvmstruct.targets import Isa
 
@@ -49,6 +50,7 @@ class Heads:
     mask_dims: Collection[str] = ("batch", "queries")
     causal: bool = False
     kv_heads: int = 0
+    skip: tuple[float, bool] | None = None  # see `skipping`
 
     def __post_init__(self) -> None:
         if self.mask not in ("none", "keys", "full"):
@@ -77,7 +79,7 @@ class Heads:
         by_query = self.mask == "full" and "queries" in self.mask_dims
         return Problem(
             self.isa, self.head_dim, self.width, self.query_length, self.key_length, self.scale,
-            self.mask != "none", by_query, self.causal,
+            self.mask != "none", by_query, self.causal, skip=self.skip,
         )  # fmt: skip
 
     @property
@@ -130,31 +132,38 @@ class Heads:
         return View(buffers["mask"], index[2], lead=tuple(index[:2]))
 
 
-def attention(h: Heads) -> PrimFunc:
+def attention(h: Heads, threads: int = 1) -> PrimFunc:
     """Return the kernel ``(q, k, v[, mask], out)`` for a symbolic batch.
 
-    ``out`` is (batch * query_length, heads * value_dim).
+    ``out`` is (batch * query_length, heads * value_dim). With zero skipping, tiles go to
+    whichever of ``threads`` threads is idle, else each thread has its share.
     """
 
     def body() -> None:
         buffers = h.arguments()
         rows = buffers["q"].shape[0]
         buffers["out"] = builder.argument("out", (rows, h.heads * h.width))
-        _emit_tasks(h, buffers, rows // h.query_length)
+        _emit_tasks(h, buffers, rows // h.query_length, threads)
 
     func = builder.prim_func(body).with_attr("global_symbol", "attention")
     return func.with_attr("tirx.is_scheduled", True).with_attr(KERNEL, "attention")
 
 
-def _emit_tasks(h: Heads, buffers: dict[str, tirx.Buffer], batch: Expr) -> None:
+def _emit_tasks(h: Heads, buffers: dict[str, tirx.Buffer], batch: Expr, threads: int) -> None:
     """Loop over (batch, head, tile); on one thread where the work is small."""
     tiles = -(-h.query_length // h.problem.tile)
     tasks = batch * (h.heads * tiles)
 
+    def emit(task: Expr) -> None:
+        head = task // tiles
+        _emit_tile(h, buffers, head // h.heads, head % h.heads, task % tiles)
+
     def loop(kind: Callable) -> None:
+        if h.skip is not None and kind is T.parallel:  # tiles skip more or less: uneven work
+            hand_out(tasks, threads, emit)
+            return
         with kind(T.int64(0), tasks) as task:
-            head = task // tiles
-            _emit_tile(h, buffers, head // h.heads, head % h.heads, task % tiles)
+            emit(task)
 
     if h.flops >= PARALLEL_FLOPS:
         loop(T.parallel)

@@ -66,6 +66,7 @@ class Problem:
     by_query: bool = False
     causal: bool = False
     most_keys: int = CHUNK  # in a chunk
+    skip: tuple[float, bool] | None = None  # threshold of weights that are zero, and whether raw
     in_parts: bool = False  # whether the sums are divided apart, even after a single chunk
 
     @property

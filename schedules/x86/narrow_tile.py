@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules import vector_math
 from tvmstruct.schedules.builder import i64
+from tvmstruct.schedules.x86 import skipping
 from tvmstruct.schedules.x86.attention_tile import (
     Index,
     Operands,
@@ -27,6 +28,7 @@ from tvmstruct.schedules.x86.attention_tile import (
     splat,
     spread,
 )
+from tvmstruct.schedules.x86.skipping import Keys
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class NarrowTile(Tile):
     top: tirx.Buffer
     total: tirx.Buffer
     shrink: tirx.Buffer  # factor for what an older maximum scaled
+    chosen: Keys  # that a query weighs, only with zero skipping
 
     @classmethod
     def declare(cls, problem: Problem, at: Operands, start: Index, queries: int) -> NarrowTile:
@@ -48,6 +51,7 @@ class NarrowTile(Tile):
         return cls(
             problem, at, start, queries, scratch(queries * problem.chunk),
             scratch(queries), scratch(queries), scratch(queries),
+            Keys(problem.chunk if problem.skip else 1),
         )  # fmt: skip
 
     @property
@@ -132,8 +136,15 @@ class NarrowTile(Tile):
         T.buffer_store(self.top, top[0], [query])
         T.buffer_store(top, finite, [0])
         T.buffer_store(total, splat(0.0, lanes), whole)
+        bound = scratch(1)
+        if self.problem.skip is not None:
+            T.buffer_store(bound, skipping.limit(self.problem, top[0], 1), [0])
         with T.serial(T.int64(0), groups) as group:
-            weight = vector_math.exp(self.scores[at(group)] - spread(top[0], lanes))
+            score, spread_top = self.scores[at(group)], spread(top[0], lanes)
+            if self.problem.skip is None:
+                weight = vector_math.exp(score - spread_top)
+            else:
+                weight = skipping.weight(score, spread_top, spread(bound[0], lanes), lanes)
             T.buffer_store(self.scores, weight, [at(group)])
             T.buffer_store(total, total[whole[0]] + self.scores[at(group)], whole)
         added = _reduce(total[whole[0]], lanes, lambda a, b: a + b)
@@ -144,6 +155,9 @@ class NarrowTile(Tile):
         """Emit ``sum_key weight[key] * v[key]``, a few vectors of the value at a time."""
         p, lanes = self.problem, self.lanes
         columns, whole = list(range(0, p.value_dim, lanes)), [ramp(0, lanes)]
+        if p.skip is not None:
+            self._list_keys(query, count)
+            count = self.chosen.count
         for first in range(0, len(columns), WIDE):
             group = columns[first : first + WIDE]
             sums = registers(lanes, len(group))
@@ -154,7 +168,8 @@ class NarrowTile(Tile):
                         self.shrink[query], lanes
                     )
                 T.buffer_store(total, start, whole)
-            with T.serial(T.int64(0), count) as j:
+            with T.serial(T.int64(0), count) as step:
+                j = step if p.skip is None else self.chosen.at(step)
                 weight = spread(self.scores[query * p.chunk + j], lanes)
                 for column, total in zip(group, sums, strict=True):
                     value = self.at.v.load(key + j, column, lanes)
@@ -164,6 +179,13 @@ class NarrowTile(Tile):
                     self.finish(query, column, total[whole[0]], lanes)
                 else:
                     self.at.out.store(total[whole[0]], query, column, lanes)
+
+    def _list_keys(self, query: int, count: Expr) -> None:
+        """List the keys that the query weighs."""
+        self.chosen.clear()
+        with T.serial(T.int64(0), count) as j:
+            weight = self.scores[query * self.problem.chunk + j]
+            self.chosen.add(j, T.Not(weight <= T.float32(0)))  # NaN is not left out
 
 
 WIDE = 8  # vectors of a value at a time: enough sums under way to hide the latency of an FMA

@@ -22,6 +22,7 @@ from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.x86.attention import Heads, emit_ragged
 from tvmstruct.schedules.x86.attention_tile import View, pieces, spread
 from tvmstruct.schedules.x86.attention_tile import scratch as _scratch
+from tvmstruct.schedules.x86.dynamic import hand_out
 from tvmstruct.schedules.x86.query_tile import declare_tile
 
 LEAST_KEYS = 1024  # of a range: fewer are not worth the merging
@@ -37,6 +38,9 @@ class _Shares:
     total: tirx.Buffer
 
 
+SHARES = 8  # ranges for each thread where some may skip more than others
+
+
 def ranges(h: Heads, rows: int, threads: int) -> int:
     """Return into how many ranges of keys every tile is split; 1 where that does not pay."""
     tasks = rows // h.query_length * h.heads * -(-h.query_length // h.problem.tile)
@@ -45,18 +49,19 @@ def ranges(h: Heads, rows: int, threads: int) -> int:
     most = min(h.key_length // LEAST_KEYS, h.problem.chunks)
     for count in range(1, min(most, threads) + 1):
         if -(-tasks * count // threads) * threads <= UNEVEN * tasks * count:
-            return count
+            return count if h.skip is None else min(most, count * SHARES)
     return max(1, most) if tasks < threads else 1
 
 
-def streamed_attention(h: Heads, rows: int, count: int) -> Kernel:
+def streamed_attention(h: Heads, rows: int, count: int, threads: int) -> Kernel:
     """Return the kernel ``(q, k, v[, mask], out)`` for exactly ``rows`` rows of q."""
     work = h.heads * h.key_length * (h.head_dim + h.width)
-    key = (*h.key, rows, count)
-    return make_kernel("streamed_attention", key, lambda: _build(h, rows, count), work=work)
+    key = (*h.key, rows, count, threads if h.skip else 0)
+    build = lambda: _build(h, rows, count, threads)  # noqa: E731
+    return make_kernel("streamed_attention", key, build, work=work)
 
 
-def _build(h: Heads, rows: int, count: int) -> tirx.PrimFunc:
+def _build(h: Heads, rows: int, count: int, threads: int) -> tirx.PrimFunc:
     problem = h.problem
     tiles = -(-h.query_length // problem.tile)
     tasks = rows // h.query_length * h.heads * tiles
@@ -70,8 +75,12 @@ def _build(h: Heads, rows: int, count: int) -> tirx.PrimFunc:
             _scratch(pairs * problem.tile),
             _scratch(pairs * problem.tile),
         )
-        with loops(pairs, kind=T.parallel) as (pair,):
-            _emit_share(h, buffers, shares, pair, count)
+        emit = lambda pair: _emit_share(h, buffers, shares, pair, count)  # noqa: E731
+        if h.skip is None:
+            with loops(pairs, kind=T.parallel) as (pair,):
+                emit(pair)
+        else:
+            hand_out(i64(pairs), threads, emit)
         with loops(tasks) as (task,):
             _emit_merge(h, buffers, shares, task, count)
 

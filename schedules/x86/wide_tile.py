@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules import vector_math
 from tvmstruct.schedules.builder import i64
+from tvmstruct.schedules.x86 import skipping
 from tvmstruct.schedules.x86.attention_tile import (
     Index,
     Operands,
@@ -31,6 +32,7 @@ from tvmstruct.schedules.x86.attention_tile import (
     splat,
     spread,
 )
+from tvmstruct.schedules.x86.skipping import Keys
 
 Load = Callable[[int, Index, int], Expr]  # (row of the tile, first column, lanes)
 
@@ -55,6 +57,8 @@ class WideTile(Tile):
     top: tirx.Buffer
     total: tirx.Buffer
     shrink: tirx.Buffer  # factor for what an older maximum scaled
+    keys: Keys  # that a query of the tile weighs, only with zero skipping
+    chosen: Keys  # that a query of a register tile weighs
 
     @classmethod
     def declare(cls, problem: Problem, at: Operands, start: Index, queries: int) -> WideTile:
@@ -68,6 +72,8 @@ class WideTile(Tile):
             scores=scratch(problem.chunk, width),
             mask=scratch(problem.chunk, width) if problem.by_query else None,
             top=scratch(width), total=scratch(width), shrink=scratch(width),
+            keys=Keys(problem.chunk if problem.skip else 1),
+            chosen=Keys(problem.chunk if problem.skip else 1),
         )  # fmt: skip
 
     @property
@@ -171,12 +177,43 @@ class WideTile(Tile):
             T.buffer_store(self.shrink, shrink, [self.vector(v)])
             rescaled = self.total[self.vector(v)] * self.shrink[self.vector(v)]
             T.buffer_store(total[v], rescaled, whole)
+        if self.problem.skip is not None:
+            self._emit_skipped_weights(count, top, total)
+            return
         with T.serial(T.int64(0), count) as key:
             for v in every:
                 shifted = self.scores[key, self.vector(v)] - top[v][whole[0]]
                 T.buffer_store(self.scores, vector_math.exp(shifted), [key, self.vector(v)])
                 weight = self.scores[key, self.vector(v)]
                 T.buffer_store(total[v], total[v][whole[0]] + weight, whole)
+        for v in every:
+            T.buffer_store(self.total, total[v][whole[0]], [self.vector(v)])
+
+    def _emit_skipped_weights(
+        self, count: Expr, top: list[tirx.Buffer], total: list[tirx.Buffer]
+    ) -> None:
+        """List the keys that some query weighs, and turn their scores into weights."""
+        lanes, every, whole = self.lanes, range(self.vectors), [ramp(0, self.lanes)]
+        bounds = registers(lanes, self.vectors)
+        for v in every:
+            bound = skipping.limit(self.problem, top[v][whole[0]], lanes)
+            T.buffer_store(bounds[v], bound, whole)
+        self.keys.clear()
+        with T.serial(T.int64(0), count) as key:
+            flags = [
+                skipping.above(self.scores[key, self.vector(v)], bounds[v][whole[0]], lanes)
+                for v in every
+            ]
+            flags = flags[0] if len(flags) == 1 else T.max(*flags)
+            self.keys.add(key, skipping.any_lane(flags, lanes))
+        with T.serial(T.int64(0), self.keys.count) as i:
+            key = self.keys.at(i)
+            for v in every:
+                score = self.scores[key, self.vector(v)]
+                value = skipping.weight(score, top[v][whole[0]], bounds[v][whole[0]], lanes)
+                T.buffer_store(self.scores, value, [key, self.vector(v)])
+                added = total[v][whole[0]] + self.scores[key, self.vector(v)]
+                T.buffer_store(total[v], added, whole)
         for v in every:
             T.buffer_store(self.total, total[v][whole[0]], [self.vector(v)])
 
@@ -220,8 +257,11 @@ class WideTile(Tile):
                     shrink = spread(self.shrink[query + i], n)
                     start = self.at.out.load(query + i, first, n) * shrink
                 T.buffer_store(totals[i], start, [ramp(0, n)])
+        if p.skip is not None:
+            self._list_keys(query, size)
+            count = self.chosen.count
         with T.serial(T.int64(0), count) as step:
-            j = self._key_of(step)
+            j = step if p.skip is None else self.chosen.at(step)
             for i in range(size):
                 for (first, n), totals in zip(columns, sums, strict=True):
                     weight = spread(self.scores[j, query + i], n)
@@ -237,9 +277,16 @@ class WideTile(Tile):
                 else:
                     self.at.out.store(value, query + i, first, n)
 
-    def _key_of(self, step: Expr) -> Expr:
-        """Return the key, within the chunk, of a step of the weighted sum."""
-        return step
+    def _list_keys(self, query: Expr, size: int) -> None:
+        """List the keys that one of ``size`` queries weighs."""
+        self.chosen.clear()
+        with T.serial(T.int64(0), self.keys.count) as i:
+            key = self.keys.at(i)
+            weights = self.scores[key, query]
+            for other in range(1, size):
+                weights = weights + self.scores[key, query + other]
+            # Weights are not negative, and NaN compares as wanted: neither is left out.
+            self.chosen.add(key, T.Not(weights <= T.float32(0)))
 
 
 def _transpose(

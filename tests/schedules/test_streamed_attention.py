@@ -32,7 +32,7 @@ def test_ranges_of_keys_add_up(isa, size):
     batch, heads, queries, keys, dim = size
     rows = batch * queries
     h = heads_of(isa, size, mask="keys")
-    kernels = {f"k{n}": streamed_attention(h, rows, n).func for n in (1, 3)}
+    kernels = {f"k{n}": streamed_attention(h, rows, n, 2).func for n in (1, 3)}
     library = build(isa, kernels)
     q, k, v = random_heads(*((batch, heads, n, dim) for n in (queries, keys, keys)))
     mask = np.zeros((batch, keys), np.float32)
@@ -64,7 +64,7 @@ def test_keys_are_split_only_where_threads_would_wait():
 
 def test_scratch_does_not_grow_with_the_keys():
     short, long = (heads_of(ISAS[0], (1, 1, 1, keys, 64)) for keys in (10_000, 10_000_000))
-    sizes = [_scratch_bytes(streamed_attention(h, 1, 2).func) for h in (short, long)]
+    sizes = [_scratch_bytes(streamed_attention(h, 1, 2, 2).func) for h in (short, long)]
     assert sizes[0] == sizes[1]
     assert sizes[0] < 1 << 16
 

@@ -1,0 +1,73 @@
+"""Zero skipping inside a tile of attention (NLP-Fast, section III-C): approximate, asked for.
+
+A score that lies far enough under the maximum gives a weight of zero. Keys that no query of a
+tile weighs are left out of exp, and those that no query of a register tile weighs are left out
+of the weighted sum: their numbers go into lists, without a branch, and the loops run over those.
+"""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.schedules import vector_math
+from tvmstruct.schedules.x86.attention_tile import Problem, ramp, registers, splat
+
+ULPS = 2.0**-22  # how close to the maximum a score counts as one
+
+
+class Keys:
+    """A list of keys of a chunk that grows while code runs."""
+
+    def __init__(self, most: int) -> None:
+        self.places = T.alloc_buffer((most,), "int32", scope="global")
+        self.number = T.alloc_buffer((1,), "int32", scope="global")
+
+    def clear(self) -> None:
+        """Drop all keys."""
+        T.buffer_store(self.number, T.int32(0), [0])
+
+    def add(self, key: Expr, wanted: Expr) -> None:
+        """Add a key where the boolean ``wanted`` holds."""
+        T.buffer_store(self.places, T.cast(key, "int32"), [self.number[0]])
+        more = T.Select(wanted, T.int32(1), T.int32(0))
+        T.buffer_store(self.number, self.number[0] + more, [0])
+
+    @property
+    def count(self) -> Expr:
+        """How many there are."""
+        return T.cast(self.number[0], "int64")
+
+    def at(self, i: Expr) -> Expr:
+        """Return the i-th key."""
+        return T.cast(self.places[i], "int64")
+
+
+def limit(problem: Problem, top: Expr, lanes: int) -> Expr:
+    """Return the score up to which weights are zero; the maximum itself is never under it."""
+    assert problem.skip is not None
+    threshold, raw = problem.skip
+    if not raw:
+        return top - splat(threshold, lanes)
+    size = T.max(T.max(top, splat(0.0, lanes) - top), splat(1.0, lanes))
+    return T.min(splat(threshold, lanes), top - size * splat(ULPS, lanes))
+
+
+def weight(score: Expr, top: Expr, bound: Expr, lanes: int) -> Expr:
+    """Return ``exp(score - top)``, zero up to the bound; NaN is under no bound."""
+    return T.Select(score <= bound, splat(0.0, lanes), vector_math.exp(score - top))
+
+
+def any_lane(flags: Expr, lanes: int) -> Expr:
+    """Return whether a lane of a vector of zeros and ones is one."""
+    while lanes > 1:
+        lanes //= 2
+        (held,) = registers(2 * lanes, 1)
+        T.buffer_store(held, flags, [ramp(0, 2 * lanes)])
+        flags = T.max(held[ramp(0, lanes)], held[ramp(lanes, lanes)])
+    return flags > T.float32(0)
+
+
+def above(score: Expr, bound: Expr, lanes: int) -> Expr:
+    """Return one for each lane whose score is over the bound or no number, else zero."""
+    return T.Select(score <= bound, splat(0.0, lanes), splat(1.0, lanes))

@@ -1,0 +1,102 @@
+"""Zero skipping in the attention kernels against the same rule in float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.attention_reference import as_rows, random_heads
+from tests.kernels import build, call, every_isa
+from tvmstruct.schedules.x86.attention import Heads, attention
+from tvmstruct.schedules.x86.streamed_attention import streamed_attention
+
+# batch, heads, queries, keys, dim, ranges of keys (0: the kernel of many tiles)
+SIZES = [
+    (1, 2, 37, 300, 20, 0),
+    (2, 1, 1, 515, 32, 0),
+    (1, 1, 3, 700, 64, 2),
+    (1, 3, 20, 90, 16, 0),
+]
+
+
+def reference(q, k, v, scale, skip, chunk):
+    """Return attention that drops weights up to the limit, chunk after chunk."""
+    threshold, raw = skip
+    scores = (q @ k.swapaxes(-1, -2) * np.float32(scale)).astype(np.float64)
+    top = np.full((*scores.shape[:3], 1), -np.inf)
+    total, out = np.zeros_like(top), 0.0
+    for first in range(0, scores.shape[3], chunk):
+        part = scores[..., first : first + chunk]
+        new = np.maximum(top, part.max(-1, keepdims=True))
+        limit = new - threshold
+        if raw:
+            limit = np.minimum(threshold, new - np.maximum(abs(new), 1) * 2.0**-22)
+        weights = np.where(part <= limit, 0, np.exp(part - new))
+        shrink = np.exp(top - new)
+        total = total * shrink + weights.sum(-1, keepdims=True)
+        out = out * shrink + weights @ v[..., first : first + chunk, :].astype(np.float64)
+        top = new
+    return out / total
+
+
+@every_isa
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("skip", [(1.5, False), (0.7, True), (50.0, True)], ids=str)
+def test_skips_what_lies_under_the_limit(isa, size, skip):
+    batch, heads, queries, keys, dim, ranges = size
+    layout, rows = (heads * dim, 0), batch * queries
+    h = Heads(isa, heads, dim, queries, keys, 0.3, layout, layout, layout, skip=skip)
+    q, k, v = random_heads(*((batch, heads, n, dim) for n in (queries, keys, keys)))
+    if ranges:
+        func = streamed_attention(h, rows, ranges, 2).func
+        want = _merged(q, k, v, skip, h, ranges)
+    else:
+        func = attention(h, 2)
+        want = reference(q, k, v, 0.3, skip, h.problem.chunk)
+    got = call(build(isa, {"main": func})["main"], [*map(as_rows, (q, k, v))], rows, heads * dim)
+    np.testing.assert_allclose(got, as_rows(want), atol=2e-5)
+
+
+def _merged(q, k, v, skip, h, ranges):
+    """Return what ranges of keys find, each with a maximum of its own."""
+    chunks, chunk = h.problem.chunks, h.problem.chunk
+    shares, tops = [], []
+    for part in range(ranges):
+        keys = slice(part * chunks // ranges * chunk, (part + 1) * chunks // ranges * chunk)
+        part_k, part_v = k[:, :, keys], v[:, :, keys]
+        ones = np.ones_like(part_v[..., :1])
+        both = np.concatenate([part_v, ones], -1)
+        scores = (q @ part_k.swapaxes(-1, -2) * np.float32(0.3)).astype(np.float64)
+        top = scores.max(-1, keepdims=True)
+        share = reference(q, part_k, both, 0.3, skip, chunk)
+        weights = _total(scores, skip, chunk, top)
+        shares.append(share[..., :-1] * weights)
+        tops.append((top, weights))
+    most = np.maximum.reduce([top for top, _ in tops])
+    total = sum(weights * np.exp(top - most) for top, weights in tops)
+    out = sum(s * np.exp(top - most) for s, (top, _) in zip(shares, tops, strict=True))
+    return out / total
+
+
+def _total(scores, skip, chunk, last):
+    """Return the sum of the weights of a range under its last maximum."""
+    threshold, raw = skip
+    top, total = np.full((*scores.shape[:3], 1), -np.inf), 0.0
+    for first in range(0, scores.shape[3], chunk):
+        part = scores[..., first : first + chunk]
+        top = np.maximum(top, part.max(-1, keepdims=True))
+        limit = top - threshold
+        if raw:
+            limit = np.minimum(threshold, top - np.maximum(abs(top), 1) * 2.0**-22)
+        total = total + np.where(part <= limit, 0, np.exp(part - last)).sum(-1, keepdims=True)
+    return total
+
+
+@every_isa
+def test_nan_is_not_skipped(isa):
+    q, k, v = random_heads((1, 1, 20, 16), (1, 1, 300, 16), (1, 1, 300, 16))
+    q[0, 0, 3, 5] = np.nan
+    h = Heads(isa, 1, 16, 20, 300, 0.3, (16, 0), (16, 0), (16, 0), skip=(2.0, False))
+    got = call(build(isa, {"main": attention(h, 2)})["main"], [*map(as_rows, (q, k, v))], 20, 16)
+    assert np.isnan(got[3]).all()
+    assert not np.isnan(np.delete(got, 3, 0)).any()
