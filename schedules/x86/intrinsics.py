@@ -76,7 +76,7 @@ def _tile_implementation(
             for u in range(unroll):
                 p = turn * unroll + u if unroll > 1 else turn
                 if ahead is not None:
-                    _fetch(b[p + ahead[0], ahead[1]])
+                    fetch(b[p + ahead[0], ahead[1]])
                 for row, column in product(range(height), range(vectors)):
                     right = b[p, T.ramp(i64(column * lanes), 1, lanes)]
                     add(row, column, T.broadcast(a[row, p], lanes), right)
@@ -96,7 +96,7 @@ def _tile_implementation(
     return prim_func(body)
 
 
-def _fetch(element) -> None:
+def fetch(element) -> None:
     """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op."""
     hints = (T.int32(value) for value in (0, 2, 1))  # to read, second level, data
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *hints))

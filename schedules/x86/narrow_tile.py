@@ -28,6 +28,8 @@ from tvmstruct.schedules.x86.attention_tile import (
     splat,
     spread,
 )
+from tvmstruct.schedules.x86.intrinsics import fetch
+from tvmstruct.schedules.x86.packed_dense import LINE
 from tvmstruct.schedules.x86.skipping import Keys
 
 
@@ -81,6 +83,8 @@ class NarrowTile(Tile):
     def _emit_scores(self, key: Expr, local: Expr, count: Expr | None) -> None:
         """Emit the scores of a vector of keys; those from ``count`` on are none."""
         p, lanes, whole = self.problem, self.lanes, [ramp(0, self.lanes)]
+        if p.key_length >= STREAMED and count is None:
+            self._fetch_ahead(key + local)
         for i in range(self.queries):
             sums = registers(lanes, lanes)
             for total in sums:
@@ -101,6 +105,17 @@ class NarrowTile(Tile):
                 there = place < T.broadcast(T.cast(count, "int32"), lanes)
                 score = T.Select(there, score, splat(-inf, lanes))
             T.buffer_store(self.scores, score, [ramp(i * p.chunk + local, lanes)])
+
+    def _fetch_ahead(self, key: Expr) -> None:
+        """Fetch the keys, and unless they may be skipped the values, of a later vector of keys."""
+        p = self.problem
+        streams = [(self.at.k, p.head_dim, AHEAD)]
+        if p.skip is None:  # of this chunk: they are wanted when its scores are done
+            streams.append((self.at.v, p.value_dim, 0))
+        for view, width, ahead in streams:
+            with T.serial(T.int64(0), T.int64(self.lanes)) as j:
+                for column in range(0, width, LINE):
+                    fetch(view.buffer[tuple(view.at(key + ahead + j, column))])
 
     def _masked(self, score: Expr, query: int, key: Expr, local: Expr) -> Expr:
         p, lanes, mask = self.problem, self.lanes, self.at.mask
@@ -156,7 +171,7 @@ class NarrowTile(Tile):
         p, lanes = self.problem, self.lanes
         columns, whole = list(range(0, p.value_dim, lanes)), [ramp(0, lanes)]
         if p.skip is not None:
-            self._list_keys(query, count)
+            self._list_keys(query, key, count)
             count = self.chosen.count
         for first in range(0, len(columns), WIDE):
             group = columns[first : first + WIDE]
@@ -180,14 +195,21 @@ class NarrowTile(Tile):
                 else:
                     self.at.out.store(total[whole[0]], query, column, lanes)
 
-    def _list_keys(self, query: int, count: Expr) -> None:
+    def _list_keys(self, query: int, key: Expr, count: Expr) -> None:
         """List the keys that the query weighs."""
         self.chosen.clear()
         with T.serial(T.int64(0), count) as j:
             weight = self.scores[query * self.problem.chunk + j]
             self.chosen.add(j, T.Not(weight <= T.float32(0)))  # NaN is not left out
+        if self.problem.key_length >= STREAMED:  # rows here and there: no stream to run ahead
+            with T.serial(T.int64(0), self.chosen.count) as i:
+                for column in range(0, self.problem.value_dim, LINE):
+                    row = key + self.chosen.at(i)
+                    fetch(self.at.v.buffer[tuple(self.at.v.at(row, column))])
 
 
+STREAMED = 8192  # keys from which on k and v come from memory rather than from a cache
+AHEAD = 128  # keys: 32 KB of k with 64 features
 WIDE = 8  # vectors of a value at a time: enough sums under way to hide the latency of an FMA
 
 

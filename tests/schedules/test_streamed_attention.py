@@ -17,7 +17,13 @@ from tvmstruct.schedules.x86.streamed_attention import ranges, streamed_attentio
 from tvmstruct.targets import ISAS
 
 # batch, heads, queries, keys, dim: scores with keys or with queries on the vector axis
-SIZES = [(1, 1, 1, 700, 32), (2, 1, 3, 1003, 16), (1, 2, 37, 400, 20), (1, 1, 2, 515, 64)]
+SIZES = [
+    (1, 1, 1, 700, 32),
+    (2, 1, 3, 1003, 16),
+    (1, 2, 37, 400, 20),
+    (1, 1, 2, 515, 64),
+    (1, 1, 1, 8209, 16),
+]
 
 
 def heads_of(isa, size, **options):
