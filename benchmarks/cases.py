@@ -48,9 +48,6 @@ class Encoder:
     length: int
 
 
-Case = Stack | Encoder
-
-
 @dataclass(frozen=True)
 class Work:
     """What ours needs for one layer, as a mean over the distinct layers, or for one encoder.

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cases import Case, Stack, Work
-from peers import BF16_PEERS, F32_PEERS, OURS, OURS_BF16, OURS_DENSE
+from cases import Encoder, Stack, Work
+from peers import BF16_PEERS, F32_PEERS, OURS, OURS_BASELINE, OURS_BF16, OURS_DENSE
+from transformer_cases import TransformerCase
 
+Case = Stack | Encoder | TransformerCase
 NEAR_ROOF = 0.95  # of the bound is as much as a goal may ask
 SHARE, SHARE_OF_ONE_ROW = 0.8, 0.7  # of the roofline; less is named
 
@@ -44,7 +46,13 @@ class Faster:
     @property
     def label(self) -> str:
         """What is compared."""
-        known = {F32_PEERS: "f32 peers", BF16_PEERS: "bf16 peers", (OURS_DENSE,): "own dense"}
+        known = {
+            F32_PEERS: "f32 peers",
+            BF16_PEERS: "bf16 peers",
+            (OURS_DENSE,): "own dense",
+            (OURS_BASELINE,): "own baseline",
+            (OURS,): "own exact",
+        }
         name = known.get(self.peers, ", ".join(self.peers))
         return f"over {name}" + (", / saving" if self.per_saving else "")
 
@@ -65,6 +73,18 @@ class OfPeak:
     def value(self, seconds: float, result: Result, others: Mapping[str, Result]) -> float | None:
         """Return the share."""
         return result.work.flops / seconds / (result.peak * 1e9) if result.peak else None
+
+
+@dataclass(frozen=True)
+class OfRoofline:
+    """Our share of the roofline: of the bandwidth where that is what limits."""
+
+    least: float
+    label: str = "of the roofline"
+
+    def value(self, seconds: float, result: Result, others: Mapping[str, Result]) -> float | None:
+        """Return the share."""
+        return result.roof_seconds / seconds if result.roof_seconds else None
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ def _work(line: Line, weights: Weights) -> tuple[Work, list[str]]:
             return weights.of(stack)
         case Encoder() as encoder:
             return encoder_work(encoder), []
+        case case:
+            return case.work(), []
 
 
 def finish(title: str, results: Sequence[Result], roof: Roof, file: Path | None) -> None:

@@ -17,12 +17,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from cases import Case
 
 Call = Callable[[], Any]
 F32_PEERS = ("torch", "onnxruntime", "openvino-f32")
 BF16_PEERS = ("openvino-default", "torch-bf16")  # OpenVINO's default is bf16 where the CPU has it
 OURS, OURS_BF16, OURS_DENSE = "tvmstruct", "tvmstruct-bf16", "tvmstruct-dense"
+OURS_BASELINE, OURS_MINIMAL = "tvmstruct-baseline", "tvmstruct-minimal"
+OURS_SKIP = "tvmstruct-skip"
 WARM_UP = 0.1  # seconds after which three calls are not waited for
 LEAST_CALLS = 3  # timed in a round
 
@@ -45,7 +46,7 @@ class Worker:
         self.process.start()
         theirs.close()  # so that a worker that dies is an end of file here
 
-    def prepare(self, case: Case, files: Sequence[str]) -> str:
+    def prepare(self, case: Any, files: Sequence[str]) -> str:
         """Build the case and run it once; return as what ours compiled it."""
         return self._ask("prepare", case, files)
 
@@ -90,7 +91,7 @@ def _serve(pipe: Connection, name: str, threads: int) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def _prepare(name: str, threads: int, case: Case, files: Sequence[str]) -> tuple[Call, str]:
+def _prepare(name: str, threads: int, case: Any, files: Sequence[str]) -> tuple[Call, str]:
     import contenders
 
     call, note = contenders.build(name, case, files, threads)

@@ -14,6 +14,7 @@ from tvmstruct.schedules.x86 import (
     minimal_attention,
     projected_attention,
     streamed_attention,
+    wide_tile,
 )
 from tvmstruct.schedules.x86.attention import Heads, attention
 from tvmstruct.schedules.x86.chain import chain
@@ -21,6 +22,7 @@ from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
 from tvmstruct.schedules.x86.precisions import Precision, precision
+from tvmstruct.skipping import Skip
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
@@ -35,9 +37,10 @@ class X86Kernels:
         features: frozenset[str] = frozenset(),
         *,
         least_memory: bool = False,
+        skip: Skip | None = None,
     ) -> None:
         self.isa, self.threads, self.features = isa, threads, features
-        self.least_memory = least_memory
+        self.least_memory, self.skip = least_memory, skip
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
 
@@ -109,8 +112,17 @@ class X86Kernels:
 
     def _heads(self, node) -> Heads:
         """Return the static side of an `Attention` node."""
-        names = (field.name for field in fields(Heads) if field.name != "isa")
-        return Heads(self.isa, **{name: getattr(node, name) for name in names})
+        names = (field.name for field in fields(Heads) if field.name not in ("isa", "skip"))
+        options = {name: getattr(node, name) for name in names}
+        skip = None if self.skip is None else (self.skip.threshold, self.skip.raw)
+        return Heads(self.isa, **options, skip=skip)
+
+    def skip_grain(self, node) -> tuple[int, int, int]:
+        """Return the keys of a chunk, and the queries that skip an exp and a product together."""
+        problem = self._heads(node).problem
+        if problem.narrow:
+            return problem.chunk, 1, 1
+        return problem.chunk, problem.tile, wide_tile.group_size(problem)
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation over rows of n features."""

@@ -33,6 +33,7 @@ from tvmstruct.schedules.x86.attention_tile import (
     spread,
 )
 from tvmstruct.schedules.x86.skipping import Keys
+from tvmstruct.targets import Isa
 
 Load = Callable[[int, Index, int], Expr]  # (row of the tile, first column, lanes)
 
@@ -235,13 +236,13 @@ class WideTile(Tile):
         """Return the columns of each register tile of the sums, and its queries."""
         isa = self.problem.isa
         columns = pieces(self.problem.value_dim, isa.lanes)
-        groups = -(-len(columns) // (4 if isa.registers == 32 else 3))
+        groups = -(-len(columns) // _most_columns(isa))
         wide, longer = divmod(len(columns), groups)
         found = []
         for n in range(groups):
             group = columns[n * wide + min(n, longer) : (n + 1) * wide + min(n + 1, longer)]
-            most = (isa.registers - len(group) - 1 - (not isa.fma)) // len(group)
-            found.append((near_divisor(self.queries, min(most, 12)), group))
+            size = near_divisor(self.queries, _most_queries(isa, len(group)))
+            found.append((size, group))
         return found
 
     def _emit_sum_tile(
@@ -287,6 +288,21 @@ class WideTile(Tile):
                 weights = weights + self.scores[key, query + other]
             # Weights are not negative, and NaN compares as wanted: neither is left out.
             self.chosen.add(key, T.Not(weights <= T.float32(0)))
+
+
+def group_size(problem: Problem) -> int:
+    """Return the queries of a register tile of the weighted sum."""
+    columns = min(len(pieces(problem.value_dim, problem.isa.lanes)), _most_columns(problem.isa))
+    return near_divisor(problem.tile, _most_queries(problem.isa, columns))
+
+
+def _most_columns(isa: Isa) -> int:
+    return 4 if isa.registers == 32 else 3
+
+
+def _most_queries(isa: Isa, columns: int) -> int:
+    """Return how many queries fit in registers beside the operands of a product."""
+    return min((isa.registers - columns - 1 - (not isa.fma)) // columns, 12)
 
 
 def _transpose(
