@@ -69,6 +69,13 @@ class Heads:
         return (self.isa.name, *(getattr(self, f.name) for f in fields(self) if f.name != "isa"))
 
     @property
+    def words(self) -> str:
+        """The same but for the instruction set, for the key of a record."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "isa"}
+        kept = {f.name: values[f.name] for f in fields(self)[1:] if values[f.name] != f.default}
+        return " ".join(f"{name}={_plain(value)}" for name, value in kept.items())
+
+    @property
     def width(self) -> int:
         """Features of a head's result."""
         return self.value_dim or self.head_dim
@@ -130,6 +137,10 @@ class Heads:
         place = {"batch": batch, "heads": head, "queries": start}
         index = [place[n] if n in self.mask_dims else T.int64(0) for n in MASK_DIMS]
         return View(buffers["mask"], index[2], lead=tuple(index[:2]))
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def attention(h: Heads, threads: int = 1) -> PrimFunc:

@@ -82,7 +82,7 @@ def projected_attention(h: Heads, n: int, epilogue: Epilogue, rows: int, threads
     def build_tuned(rows: int, pick: Pick) -> tirx.PrimFunc:
         return _build(h, n, epilogue, _choose(h, rows, threads, pick))
 
-    space = Space(f"{n} {epilogue.words} of {h.key[1:]}", build_tuned)
+    space = Space(f"{n} {epilogue.words} of {h.words}", build_tuned)
     work = h.heads * (h.key_length * (h.head_dim + h.width) + h.width * n)
     return make_kernel(
         "projected_attention", (*h.key, n, epilogue, cut),
