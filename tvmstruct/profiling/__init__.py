@@ -1,0 +1,1 @@
+"""Where the time of a model goes, by operation class: NLP-Perf of NLP-Fast (Section III-A)."""
