@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
+    from tvmstruct.profiling import Profile, profile
     from tvmstruct.report import Report
     from tvmstruct.targets import resolve as resolve_target
     from tvmstruct.tuning import TuneReport, tune
@@ -35,6 +36,8 @@ _HOME = {
     "CompiledModel": "model",
     "LayerPlan": "planning",
     "Plan": "planning",
+    "Profile": "profiling",
+    "profile": "profiling",
     "Report": "report",
     "TuneReport": "tuning",
     "resolve_target": "targets",
@@ -45,6 +48,7 @@ __all__ = [
     "CompiledModel",
     "LayerPlan",
     "Plan",
+    "Profile",
     "Report",
     "Source",
     "TuneReport",
@@ -55,6 +59,7 @@ __all__ = [
     "from_torch",
     "load",
     "models",
+    "profile",
     "resolve_target",
     "tune",
 ]
