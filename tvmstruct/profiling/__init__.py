@@ -2,10 +2,11 @@
 
 >>> profile = tvmstruct.profile(model, {"input_ids": (1, 128), "attention_mask": (1, 128)})
 >>> profile.show()
->>> tvmstruct.profiling.sweep(config, ["seq", "hidden"])  # base, S-4x, H-4x
+>>> base, longer, wider = tvmstruct.profiling.sweep(config, ["seq", "hidden"])
 """
 
-from tvmstruct.profiling.result import Profile, Row
+from tvmstruct.profiling.result import DenormalWarning, Profile, Row
 from tvmstruct.profiling.run import profile
+from tvmstruct.profiling.sweep import sweep
 
-__all__ = ["Profile", "Row", "profile"]
+__all__ = ["DenormalWarning", "Profile", "Row", "profile", "sweep"]

@@ -50,8 +50,6 @@ def _own_class(step: Step) -> str:
         return OTHER
     if step.node is not None:
         return FUSED.get(type(step.node)) or _fused_name(step.node)
-    if "softmax" in step.words:
-        return SOFTMAX
     return NORM if any(norm in step.symbol for norm in NORMS) else OTHER
 
 
@@ -72,8 +70,8 @@ def _attention(steps: Sequence[Step], found: dict[int, str]) -> list[int]:
             heads |= {i} if isinstance(step.node, Attention) else set()
             sources += _layers(steps, step.reads[:3])
         elif step.node is None and "softmax" in step.words:
-            products = _before_softmax(steps, i, found)
             sums = [j for j in range(i, len(steps)) if _sums_up(steps, j, i)]
+            products = _before_softmax(steps, i, found) if sums else []
             found |= dict.fromkeys(sums, WEIGHTED)
             heads |= set(sums)
             for j in (*products, *sums):
@@ -109,9 +107,8 @@ def _reach(steps: Sequence[Step], last: int) -> set[int]:
 
 
 def _is_product(step: Step) -> bool:
-    """Return whether a generic kernel multiplies two computed matrices, so no weight."""
-    computed = [i for i in step.reads if i is not None]
-    return step.node is None and "matmul" in step.words and len(computed) > 1
+    """Return whether a generic kernel multiplies matrices."""
+    return step.node is None and "matmul" in step.words
 
 
 def _sums_up(steps: Sequence[Step], i: int, softmax: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from tvmstruct.profiling.result import Profile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DPI = 130
+WIDTH, BAR_WIDTH, HEIGHT, DPI = 11.5, 0.8, 4.8, 130  # inches
 MARKERS = "osD^vPX*"
 LEAST_SHARE = 0.06  # of a part of a bar that has room for its number
 MARGIN = 4.0  # factor between the points and the edges of the roofline
@@ -21,7 +22,11 @@ MARGIN = 4.0  # factor between the points and the edges of the roofline
 
 def to_png(profiles: Sequence[Profile]) -> bytes:
     """Return both plots, side by side, as a PNG file; needs the extra ``plot``."""
-    figure = _figure(5.5 + 0.8 * len(profiles) + 6)
+    check_matplotlib()
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure
+
+    width = WIDTH + BAR_WIDTH * len(profiles)
+    figure = Figure(figsize=(width, HEIGHT), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_shares(left, profiles)
     draw_roofline(right, profiles)
@@ -30,14 +35,10 @@ def to_png(profiles: Sequence[Profile]) -> bytes:
     return file.getvalue()
 
 
-def _figure(width: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            'plots need matplotlib: pip install "tvmstruct[plot]"'
-        ) from error
-    return Figure(figsize=(width, 4.8), layout="constrained")  # not pyplot: it has a global state
+def check_matplotlib() -> None:
+    """Raise MissingDependencyError where there is no matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError('plots need matplotlib: pip install "tvmstruct[plot]"')
 
 
 def draw_shares(axes: Axes, profiles: Sequence[Profile]) -> None:

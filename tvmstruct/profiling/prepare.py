@@ -41,7 +41,7 @@ def prepare(model: Any, shapes: Shapes | None, options: Mapping[str, Any]) -> Pr
     compiled = isinstance(model, CompiledModel)
     source = _source_of(model, options)
     if shapes is None:
-        shapes = _default_shapes(model, source)
+        shapes = default_shapes(model if compiled or isinstance(model, Config) else source)
     fixed = {name: tuple(shape) for name, shape in shapes.items()}
     if not compiled:
         options = {**options, "buckets": [source.bind(fixed)]} if source.dims else options
@@ -92,17 +92,19 @@ def _source_of(model: Any, options: Mapping[str, Any]) -> Source:
     return model.compiler.source
 
 
-def _default_shapes(model: Any, source: Source) -> Shapes:
+def default_shapes(model: CompiledModel | Source | Config) -> Shapes:
+    """Return the shapes that a model is profiled at unless the user says others."""
     if isinstance(model, Config):
         return model.shapes()
     if isinstance(model, CompiledModel):
-        return dict(zip((s.name for s in model.inputs), next(reversed(model.buckets)), strict=True))
-    return {spec.name: _default_shape(spec, source.limits) for spec in source.inputs}
+        names = [spec.name for spec in model.inputs]
+        return dict(zip(names, next(reversed(model.buckets)), strict=True))
+    return {spec.name: _default_shape(spec, model.limits) for spec in model.inputs}
 
 
 def _default_shape(spec: TensorSpec, limits: Mapping[str, int]) -> tuple[int, ...]:
     """Return one row of `LENGTH`, or of as much as the model takes."""
-    lengths = [
-        min(LENGTH, limits.get(str(d), LENGTH)) if axis else 1 for axis, d in enumerate(spec.shape)
-    ]
-    return tuple(d if isinstance(d, int) else n for d, n in zip(spec.shape, lengths, strict=True))
+    return tuple(
+        dim if isinstance(dim, int) else min(LENGTH, limits.get(str(dim), LENGTH)) if axis else 1
+        for axis, dim in enumerate(spec.shape)
+    )

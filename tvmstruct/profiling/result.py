@@ -21,6 +21,10 @@ COLUMNS = (
 HEADS = ("class", "calls", "us", "share", "GFLOP/s", "MB", "FLOP/B", "% roof")
 
 
+class DenormalWarning(RuntimeWarning):
+    """Kernels wrote denormal numbers, so times may not be those of real inputs."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One operation class.
@@ -73,7 +77,11 @@ class Profile:
 
     @property
     def overhead(self) -> float:
-        """Seconds of a whole call that no kernel accounts for; below 0, instrumentation cost it."""
+        """Seconds of a whole call that no kernel accounts for; below 0, instrumentation cost it.
+
+        On a busy machine a whole call is delayed more often than any one kernel, and the medians
+        differ by that too.
+        """
         return self.seconds - self.kernel_seconds
 
     @property

@@ -18,7 +18,7 @@ from tvmstruct.models import Config
 from tvmstruct.profiling.classes import classify, rank
 from tvmstruct.profiling.events import Counters, events_of
 from tvmstruct.profiling.prepare import Prepared, Shapes, prepare
-from tvmstruct.profiling.result import Profile, Row, denormal_text
+from tvmstruct.profiling.result import DenormalWarning, Profile, Row, denormal_text
 from tvmstruct.profiling.steps import Step, read_steps
 from tvmstruct.profiling.timing import Recorder, on_own_thread
 from tvmstruct.roofline import fma_peak, read_bandwidth, whole_turns
@@ -50,7 +50,7 @@ def profile(
     "cachestat" counts misses of the last cache level, "custom" the ``events`` named, both by
     class and over all threads of the model. ``label`` names the profile in plots.
 
-    Warns (RuntimeWarning) about kernels that write denormal numbers. Raises InputError for
+    Warns (DenormalWarning) about kernels that write denormal numbers. Raises InputError for
     options that do not fit and ProfilingError where the kernel does not let us count, besides
     what ``compile`` raises.
     """
@@ -63,7 +63,7 @@ def profile(
     compiled = prepared.model
     found = on_own_thread(compiled.threads, lambda: _measure(prepared, wanted, runs))
     if found.denormals:
-        warnings.warn(denormal_text(found.denormals), RuntimeWarning, stacklevel=2)
+        warnings.warn(denormal_text(found.denormals), DenormalWarning, stacklevel=2)
     return replace(found, label=label)
 
 
