@@ -81,6 +81,13 @@ def test_activation_between_two_layers():
     assert classify(steps) == ["linear 1", "other", "activation", "linear 2"]
 
 
+def test_a_softmax_over_answers_is_no_attention():
+    """A memory network's hops are attention, its last layer and softmax are not."""
+    network = config("memory-network", keys=40, hidden=16, answers=10, hops=2, queries=3)
+    found = classes(steps_of(network))
+    assert found == ["attention (fused)"] * 2
+
+
 def test_a_new_node_type_has_a_class_of_its_name():
     class MinimalAttention:
         pass
