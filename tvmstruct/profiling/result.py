@@ -32,7 +32,8 @@ class Row:
     ``seconds`` of all its calls in one run of the model, ``share`` of the time of all kernels,
     ``gflops`` in GFLOP/s, ``bytes`` that its calls read and write, ``intensity`` in FLOP/byte,
     ``percent_of_roofline`` the least time that the machine's limits allow over the measured
-    time (above 100 where what a kernel reads is still in a cache), ``events`` what was counted.
+    time, at float32 (so above 100 where a kernel multiplies in bfloat16 or int8, or reads what a
+    nearer cache still holds), ``events`` what was counted.
     """
 
     name: str

@@ -89,7 +89,7 @@ def _measure(prepared: Prepared, events: Sequence[str], runs: int | None) -> Pro
             shared = counters.shared
     threads = model.threads or model.spec.threads
     working_set = min(MOST_READ, sum(step.bytes for step in steps) / threads)
-    peak, bandwidth = limits(model.spec, threads, whole_turns(model.spec, working_set))
+    peak, bandwidth = machine_limits(model.spec, threads, whole_turns(model.spec, working_set))
     return Profile(
         model=prepared.name,
         label="",
@@ -149,7 +149,7 @@ def make_rows(
 
 
 @cache
-def limits(spec: TargetSpec, threads: int, size: int) -> tuple[float, float]:
+def machine_limits(spec: TargetSpec, threads: int, size: int) -> tuple[float, float]:
     """Return the peak in GFLOP/s and the bandwidth in GB/s at ``size`` bytes a thread."""
     found = fma_peak(spec, threads), read_bandwidth(spec, threads, size)
     for limit in found * TRIES:
