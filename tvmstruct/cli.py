@@ -393,8 +393,13 @@ def profile(
     """Say where the time of MODEL goes, by operation class, and how near the roofline it is."""
     if model.compiled:
         raise typer.BadParameter(f"{model} is compiled already; give its .onnx file or folder")
-    if cachegrind and (sweep or mode != "default" or plot or html or csv):
-        raise typer.BadParameter("--cachegrind counts only: leave --sweep, --mode and files out")
+    if cachegrind and (sweep or plot or html or csv or runs or threads or mode != "default"):
+        raise typer.BadParameter(
+            "--cachegrind only counts, one call of one thread: leave --sweep, --mode, --runs, "
+            "--threads and files out"
+        )
+    if cachegrind and target != "host":
+        raise typer.BadParameter(f"--cachegrind compiles for AVX2: leave --target {target} out")
     for output in (plot, html, csv):
         _check_folder(output)
     given = _parse_shapes(shape)

@@ -11,7 +11,7 @@ from tvmstruct.models import config
 from tvmstruct.ops import Dense
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.profiling.classes import classify, rank
-from tvmstruct.profiling.steps import Step, read_steps
+from tvmstruct.profiling.steps import Step, read_steps, working_set
 
 SIZES = {"seq": 16, "hidden": 64, "heads": 4, "ffn": 128}
 ROWS, HIDDEN, FFN = 16, 64, 128
@@ -19,11 +19,14 @@ BERT = config("bert", layers=2, vocabulary=100, **SIZES)
 LAYER = ["Q/K/V-Gen", "attention (fused)", "attention FC", "linear 1", "linear 2"]
 
 
-def steps_of(model_config):
+def lowered_of(model_config):
     source = tvmstruct.models.source(model_config)
-    shapes = model_config.shapes()
     session = new_session(tvmstruct.resolve_target("host"))
-    return read_steps(pipeline.lower(source.at(shapes), session))
+    return pipeline.lower(source.at(model_config.shapes()), session)
+
+
+def steps_of(model_config):
+    return read_steps(lowered_of(model_config))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,13 @@ def test_a_softmax_over_answers_is_no_attention():
     network = config("memory-network", keys=40, hidden=16, answers=10, hops=2, queries=3)
     found = classes(steps_of(network))
     assert found == ["attention (fused)"] * 2
+
+
+def test_working_set_counts_shared_memory_once():
+    keys, hidden = 4096, 16
+    network = config("memory-network", keys=keys, hidden=hidden, answers=10, hops=3)
+    memory = 4 * 2 * keys * hidden
+    assert memory < working_set(lowered_of(network)) < 2 * memory
 
 
 def test_a_new_node_type_has_a_class_of_its_name():

@@ -41,7 +41,7 @@ def test_files_and_json(call, tmp_path):
 
 
 def test_table(call):
-    result = call(NETWORK, "--runs", 1)
+    result = call(NETWORK, "--runs", 1, "--threads", 1)
     assert result.code == 0
     assert "attention (fused)" in result.out
     assert "VM, Python and instrumentation" in result.out
@@ -69,7 +69,8 @@ def test_cachegrind_prints_what_it_counted(call, monkeypatch):
         (["--mode", "fast"], "mode='fast' is unknown; known: default, cachestat, custom"),
         (["--mode", "custom"], "needs events"),
         (["--mode", "custom", "--events", "misses"], "unknown event 'misses'; known: cycles"),
-        (["--cachegrind", "--sweep", "seq"], "--cachegrind counts only"),
+        (["--cachegrind", "--sweep", "seq"], "--cachegrind only counts"),
+        (["--cachegrind", "--threads", "2"], "--cachegrind only counts"),
         (["--shape", "x=1", "--shape", "x=2"], "profile takes one shape"),
         (["--csv", "missing/out.csv"], "there is no folder missing"),
         (["--factor", "1"], "Invalid value for '--factor'"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ BERT = config("bert", layers=1, seq=16, hidden=64, heads=4, ffn=128, vocabulary=
 
 @pytest.fixture(scope="module")
 def model():
-    compiled = tvmstruct.compile(tvmstruct.models.source(BERT), buckets="exact")
+    source = tvmstruct.models.source(BERT)
+    compiled = tvmstruct.compile(source, buckets="exact", threads=1)
     compiled.compile_bucket(BERT.shapes())
     return compiled
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def profile(model):
     return tvmstruct.profile(model, runs=3)
 
@@ -56,6 +58,12 @@ def test_rows_of_a_bert(profile):
     assert linear.bytes == 4 * (16 * 64 + 64 * 128 + 128 + 16 * 128)
 
 
+def test_limits_of_this_machine(fixed_limits):
+    peak, bandwidth = fixed_limits(tvmstruct.resolve_target("host"), 1, 1 << 14)
+    assert peak > 0
+    assert bandwidth > 0
+
+
 def test_shares_sum_to_1(profile):
     assert sum(row.share for row in profile.rows) == pytest.approx(1)
     assert profile.overhead == pytest.approx(profile.seconds - profile.kernel_seconds)
@@ -71,6 +79,12 @@ def test_roofline_by_hand():
     assert row.percent_of_roofline == pytest.approx(50)
     assert row.intensity == pytest.approx(4_000_100 / 601_000)
     assert row.events == {"cycles": 3.0}
+
+
+def test_a_renamed_tensor_is_no_call():
+    steps = [Step("reshape", None, (None,), 1, flops=0, bytes=64)] * 2
+    (row,) = make_rows(steps, [math.nan, 1e-6], (1.0, 1.0), {"cycles": np.array([math.nan, 5.0])})
+    assert (row.calls, row.bytes, row.share, row.events["cycles"]) == (1, 64, 1.0, 5.0)
 
 
 def test_json_round_trip(profile):
@@ -100,7 +114,7 @@ def test_table_in_80_columns(profile):
 def test_denormals_are_counted_and_named():
     source = tvmstruct.from_onnx(small_model(np.eye(8) * 1e-39))
     with pytest.warns(RuntimeWarning, match=r"denormal numbers in the results of .*\bw\b"):
-        found = tvmstruct.profile(source, {"x": (2, 8)}, runs=1)
+        found = tvmstruct.profile(source, {"x": (2, 8)}, runs=1, threads=1)
     assert found.denormals == {"w": 16}
     assert found.model == "small"
     assert any("denormal" in line for line in found.remarks())
@@ -139,7 +153,7 @@ class _Refusing:
         ({"events": ["cycles"]}, r"events are for mode 'custom'"),
         ({"mode": "custom", "events": ["cyles"]}, r"unknown event 'cyles'; known: cycles"),
         ({"runs": 0}, r"runs=0; want 1 or more"),
-        ({"threads": 1}, r"threads=1 cannot change a compiled model"),
+        ({"threads": 2}, r"threads=2 cannot change a compiled model"),
         ({"precision": "bf16"}, r"precision='bf16' cannot change a compiled model"),
     ],
     ids=str,

@@ -24,7 +24,7 @@ def test_variants_of_a_built_in_model():
         def __exit__(self, *error):
             pass
 
-    found = sweep(BERT, ["seq", "ffn"], factor=2, runs=1, watch=Watch)
+    found = sweep(BERT, ["seq", "ffn"], factor=2, runs=1, threads=1, watch=Watch)
     base, longer, wider = found
     assert [profile.label for profile in found] == ["base", "S-2x", "F-2x"]
     assert longer.shapes["input_ids"] == (1, 8)
@@ -34,7 +34,7 @@ def test_variants_of_a_built_in_model():
 
 
 def test_shapes_of_a_compiled_model_are_scaled():
-    model = tvmstruct.compile(tvmstruct.models.source(BERT), buckets="exact")
+    model = tvmstruct.compile(tvmstruct.models.source(BERT), buckets="exact", threads=1)
     shapes = {spec.name: (3, 2) for spec in model.inputs}
     found = sweep(model, ["seq"], shapes, factor=2, runs=1)
     assert [profile.shapes["input_ids"] for profile in found] == [(3, 2), (3, 4)]

@@ -2,7 +2,8 @@
 
 >>> profile = tvmstruct.profile(model, {"input_ids": (1, 128), "attention_mask": (1, 128)})
 >>> profile.show()
->>> base, longer, wider = tvmstruct.profiling.sweep(config, ["seq", "hidden"])
+>>> from tvmstruct.profiling import sweep
+>>> base, longer, wider = sweep(config, ["seq", "hidden"])
 """
 
 from tvmstruct.profiling.result import DenormalWarning, Profile, Row

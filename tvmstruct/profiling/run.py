@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from tvmstruct.profiling.classes import classify, rank
 from tvmstruct.profiling.events import Counters, events_of
 from tvmstruct.profiling.prepare import Prepared, Shapes, prepare
 from tvmstruct.profiling.result import DenormalWarning, Profile, Row, denormal_text
-from tvmstruct.profiling.steps import Step, read_steps
+from tvmstruct.profiling.steps import Step, read_steps, working_set
 from tvmstruct.profiling.timing import Recorder, on_own_thread
 from tvmstruct.roofline import fma_peak, read_bandwidth, whole_turns
 from tvmstruct.targets import TargetSpec
@@ -88,8 +89,9 @@ def _measure(prepared: Prepared, events: Sequence[str], runs: int | None) -> Pro
             counts = recorder.count(counters, COUNTED_RUNS)
             shared = counters.shared
     threads = model.threads or model.spec.threads
-    working_set = min(MOST_READ, sum(step.bytes for step in steps) / threads)
-    peak, bandwidth = machine_limits(model.spec, threads, whole_turns(model.spec, working_set))
+    size = min(MOST_READ, working_set(bucket.lowered) / threads)
+    size = whole_turns(model.spec, size)
+    peak, bandwidth = machine_limits(model.spec, threads, size)
     return Profile(
         model=prepared.name,
         label="",
@@ -101,7 +103,7 @@ def _measure(prepared: Prepared, events: Sequence[str], runs: int | None) -> Pro
         seconds=timing.whole,
         peak=peak,
         bandwidth=bandwidth,
-        working_set=whole_turns(model.spec, working_set),
+        working_set=size,
         rows=make_rows(
             steps, timing.steps, (peak, bandwidth), dict(zip(events, counts.T, strict=True))
         ),
@@ -118,15 +120,17 @@ def make_rows(
 ) -> tuple[Row, ...]:
     """Return a row for each class: steps with their seconds and counts, added up.
 
-    ``limits`` are the peak in GFLOP/s and the bandwidth in GB/s; a step's least time is the
-    longer of what its FLOPs and what its bytes take at these.
+    A step that took NaN seconds is no call and left out. ``limits`` are the peak in GFLOP/s and
+    the bandwidth in GB/s; a step's least time is the longer of what its FLOPs and what its bytes
+    take at these.
     """
+    ran = [i for i, took in enumerate(seconds) if not math.isnan(took)]
     names = classify(steps)
-    total = sum(seconds)
+    total = sum(seconds[i] for i in ran)
     peak, bandwidth = limits
     rows = []
-    for name in sorted(set(names), key=rank):
-        at = [i for i, found in enumerate(names) if found == name]
+    for name in sorted({names[i] for i in ran}, key=rank):
+        at = [i for i in ran if names[i] == name]
         took = sum(seconds[i] for i in at)
         flops, moved = sum(steps[i].flops for i in at), sum(steps[i].bytes for i in at)
         least = sum(

@@ -81,9 +81,24 @@ def read_steps(lowered: Lowered) -> list[Step]:
         )
         made[var] = len(steps)
         reads = tuple(_alias(a, made) for a in args)
-        moved = _moved(args, outputs, gather=not GATHERS.isdisjoint(symbol.split("_")))
+        written = sum(map(_size, outputs))
+        moved = written + sum(_read_sizes(symbol, args, written).values())
         steps.append(Step(symbol, node, reads, len(outputs), flops, moved))
     return steps
+
+
+def working_set(lowered: Lowered) -> int:
+    """Return the bytes of the inputs and weights that one run reads, and the largest result."""
+    main = lowered.mod["main"]
+    read, largest = dict.fromkeys(main.params, 0), 0
+    for _, value in _bindings(main):
+        if (symbol := _symbol(value)) is not None:
+            written = sum(map(_size, _tensors(compat.type_of(value))))
+            largest = max(largest, written)
+            for arg, size in _read_sizes(symbol, list(value.args[1].fields), written).items():
+                if arg in read:
+                    read[arg] = max(read[arg], size)
+    return largest + sum(read.values())
 
 
 def _bindings(main: relax.Function) -> Iterator[tuple[Any, Any]]:
@@ -121,11 +136,11 @@ def _size(tensor: tuple[tuple[int, ...], str]) -> int:
     return math.prod(shape) * (SIZES.get(dtype) or np.dtype(dtype).itemsize)
 
 
-def _moved(args: list[Any], outputs: list[tuple[tuple[int, ...], str]], *, gather: bool) -> int:
-    written = sum(map(_size, outputs))
-    once = {a: None for a in args}  # attention reads q, k and v out of one buffer
-    sizes = [_size(t) for a in once for t in _tensors(compat.type_of(a))]
-    return written + sum(min(size, written) if gather else size for size in sizes)
+def _read_sizes(symbol: str, args: list[Any], written: int) -> dict[Any, int]:
+    """Return the bytes that a call reads of each argument, which may come more than once."""
+    gather = not GATHERS.isdisjoint(symbol.split("_"))
+    sizes = {arg: sum(map(_size, _tensors(compat.type_of(arg)))) for arg in args}
+    return {arg: min(size, written) if gather else size for arg, size in sizes.items()}
 
 
 def _kernel_flops(lowered: Lowered, symbol: str, output: tuple[tuple[int, ...], str]) -> float:

@@ -31,7 +31,10 @@ EXPONENT, MANTISSA = 0x7F800000, 0x007FFFFF  # of float32
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over ``runs`` runs: of the whole call in seconds, and of every step, in order."""
+    """Medians over ``runs`` runs: of the whole call in seconds, and of every step, in order.
+
+    A step that is no call, because the machine only renames a tensor, takes NaN seconds.
+    """
 
     whole: float
     steps: tuple[float, ...]
@@ -68,7 +71,7 @@ class Recorder:
         return np.median(np.stack([self.read(meter) for _ in range(runs)]), axis=0)
 
     def read(self, meter: Meter) -> np.ndarray:
-        """Run once and return what the meter rose by in each step: (steps, values)."""
+        """Run once and return what the meter rose by in each step: (steps, values), or NaN."""
         before: Sequence[float] = ()
         rises: list[tuple[str, Sequence[float], Sequence[float]]] = []
 
@@ -84,7 +87,7 @@ class Recorder:
         values = np.array([np.subtract(after, before) for _, before, after in rises])
         builtin = np.array([name.startswith(BUILTIN) for name, *_ in rises])
         empty = values[builtin].min(axis=0) if builtin.any() else 0
-        found = np.zeros((len(self.steps), values.shape[1]))
+        found = np.full((len(self.steps), values.shape[1]), np.nan)
         for i, at in self._places([name for name, *_ in rises]):
             found[i] = np.maximum(values[at] - empty, 0)
         return found
