@@ -1,50 +1,35 @@
 """The machine's own limits, measured in the same run: peaks of instructions and read bandwidth.
 
-Bandwidth is that of reading as many bytes a thread as the line's working set has, over and over:
-no level of the memory has to be guessed, and caches that threads share count as they are. Limits
-are measured around every line, and the best of all counts.
+Limits are measured around every line, at the line's working set, and the best of all counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
-import tvm
 from cases import Work
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.roofline import (
+    LEAST_READ,
+    Limit,
+    fma_peak,
+    make_limit,
+    read_bandwidth,
+    register_peak,
+    whole_turns,
+)
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func
 from tvmstruct.schedules.x86 import bf16_dense
 from tvmstruct.schedules.x86.amx import LEFT, RIGHT, AmxTiles
-from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.targets import TargetSpec, resolve
 
 LEVELS = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}  # bytes a thread
 TILE_WORDS, TILE_FLOPS = 256, 2 * 16 * 16 * 32  # of an AMX tile, and of one product of two
-SUMS = (6, 2)  # lines and columns of independent sums in a loop of multiply-adds
-DEPTH = 1 << 16
 WIDTHS = {"f32": 4, "bf16": 2}  # bytes of a weight by precision
-UNROLL = 8  # vectors read at a time
-LEAST_READ = 4 << 20  # bytes that a thread reads in one timing
-REPEATS, REPEAT_MS = 5, 10
-
-
-@dataclass
-class Limit:
-    """One limit: what measures it, how much that does, and the best rate so far in billions."""
-
-    evaluate: Callable[[], Any]
-    amount: float
-    best: float = 0.0
-
-    def measure(self) -> None:
-        """Measure once more."""
-        self.best = max(self.best, self.amount / float(np.min(self.evaluate().results)) / 1e9)
 
 
 class Roof:
@@ -101,16 +86,15 @@ class Roof:
     def _working_set(self, work: Work, precision: str) -> int:
         """Return the bytes of a thread, in whole turns of the loop that reads them."""
         size = (WIDTHS[precision] * work.resident + work.other_bytes) / self.threads
-        turn = 4 * self.spec.isa.lanes * UNROLL
-        return max(1, round(size / turn)) * turn
+        return whole_turns(self.spec, size)
 
     def _read(self, size: int) -> Limit:
         if size not in self._reads:
-            self._reads[size] = _bandwidth(self.spec, self.threads, size)
+            self._reads[size] = read_bandwidth(self.spec, self.threads, size)
         return self._reads[size]
 
     def _find_peaks(self) -> dict[str, Limit]:
-        found = {"f32 FMA": _fma_peak(self.spec, self.threads)}
+        found = {"f32 FMA": fma_peak(self.spec, self.threads)}
         if bf16_dense.DOT in self.spec.features:
             found["bf16 dot"] = _dot_peak(self.spec, self.threads)
         else:
@@ -122,50 +106,9 @@ class Roof:
         return found
 
 
-def _limit(spec: TargetSpec, func: tirx.PrimFunc, amount: float, *arrays: np.ndarray) -> Limit:
-    module = tvm.compile(tvm.IRModule({"main": func}), target=spec.target).mod
-    tensors = [tvm.runtime.tensor(a) for a in arrays]
-    evaluate = module.time_evaluator(
-        "main", tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=REPEAT_MS
-    )
-    return Limit(lambda: evaluate(*tensors), amount)
-
-
-def _fma_peak(spec: TargetSpec, threads: int) -> Limit:
-    a = np.full((threads, spec.isa.lanes), 1e-3, np.float32)
-    return _register_peak(spec, a, 1, "")
-
-
 def _dot_peak(spec: TargetSpec, threads: int) -> Limit:
     a = np.full((threads, spec.isa.lanes), 0x3C003C00, np.int32)  # pairs of 2**-7
-    return _register_peak(spec, a, 2, bf16_dense.LLVM, _dot)
-
-
-def _register_peak(
-    spec: TargetSpec, a: np.ndarray, products: int, llvm: str, dot: Callable | None = None
-) -> Limit:
-    """Return the limit of multiply-adds between registers, ``products`` to a lane."""
-    (threads, lanes), (lines, columns) = a.shape, SUMS
-    count = lines * columns * lanes
-
-    def body() -> None:
-        operand = argument("a", (i64(threads), i64(lanes)), str(a.dtype))
-        out = argument("out", (i64(threads), i64(count)))
-        with T.attr(T.int64(0), "pragma_import_llvm", llvm):
-            with loops(threads, kind=T.parallel) as (t,):
-                value = operand[t, T.ramp(i64(0), 1, lanes)]
-
-                def step(p, add) -> None:
-                    for line, column in product(range(lines), range(columns)):
-                        add(line, column, value, value)
-
-                sums = accumulate(spec.isa, lanes, SUMS, DEPTH, step, dot=dot)
-                for line, column in product(range(lines), range(columns)):
-                    at = T.ramp(i64((line * columns + column) * lanes), 1, lanes)
-                    T.buffer_store(out, sums[column][line], [t, at])
-
-    out = np.zeros((threads, count), np.float32)
-    return _limit(spec, prim_func(body), 2.0 * products * threads * DEPTH * count, a, out)
+    return register_peak(spec, a, 2, bf16_dense.LLVM, _dot)
 
 
 def _dot(total, left, right):
@@ -201,30 +144,4 @@ def _amx_peak(spec: TargetSpec, threads: int) -> Limit:
     a = np.zeros(threads * steps * 4 * TILE_WORDS, np.int32)
     out = np.zeros(threads * 4 * TILE_WORDS, np.float32)
     flops = 4.0 * TILE_FLOPS * threads * steps * repeat
-    return _limit(spec, amx_loop(threads, steps, repeat), flops, a, out)
-
-
-def _bandwidth(spec: TargetSpec, threads: int, size: int) -> Limit:
-    lanes, unroll = spec.isa.lanes, UNROLL
-    steps = size // 4 // lanes // unroll
-    repeat = max(1, LEAST_READ // size)
-
-    def body() -> None:
-        a = argument("a", (i64(threads), i64(steps * unroll * lanes)))
-        out = argument("out", (i64(threads), i64(unroll * lanes)))
-        with loops(threads, kind=T.parallel) as (t,):
-            totals = [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(unroll)]
-            first = T.ramp(0, 1, lanes)
-            for total in totals:
-                T.buffer_store(total, T.broadcast(T.float32(0), lanes), [first])
-            with loops(repeat, steps) as (_, p):
-                for i, total in enumerate(totals):
-                    at = T.ramp((p * unroll + i) * lanes, 1, lanes)
-                    T.buffer_store(total, T.max(total[first], a[t, at]), [first])
-            for i, total in enumerate(totals):
-                T.buffer_store(out, total[first], [t, T.ramp(i64(i * lanes), 1, lanes)])
-
-    count = steps * unroll * lanes
-    a = np.random.default_rng(0).random((threads, count), np.float32)
-    out = np.zeros((threads, unroll * lanes), np.float32)
-    return _limit(spec, prim_func(body), 4.0 * threads * count * repeat, a, out)
+    return make_limit(spec, amx_loop(threads, steps, repeat), flops, a, out)

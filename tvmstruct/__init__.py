@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
+    from tvmstruct.profiling import Profile, profile
     from tvmstruct.report import Report
     from tvmstruct.skipping import Skip
     from tvmstruct.targets import resolve as resolve_target
@@ -36,6 +37,8 @@ _HOME = {
     "CompiledModel": "model",
     "LayerPlan": "planning",
     "Plan": "planning",
+    "Profile": "profiling",
+    "profile": "profiling",
     "Report": "report",
     "Skip": "skipping",
     "TuneReport": "tuning",
@@ -47,6 +50,7 @@ __all__ = [
     "CompiledModel",
     "LayerPlan",
     "Plan",
+    "Profile",
     "Report",
     "Skip",
     "Source",
@@ -58,6 +62,7 @@ __all__ = [
     "from_torch",
     "load",
     "models",
+    "profile",
     "resolve_target",
     "tune",
 ]

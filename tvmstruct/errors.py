@@ -33,5 +33,9 @@ class TuningError(TvmstructError, ValueError):
     """Tuning cannot start or go on: its options, its tracker, or the folder of its records."""
 
 
+class ProfilingError(TvmstructError, RuntimeError):
+    """The system does not let the profiler count, or a tool that it needs fails."""
+
+
 class MissingDependencyError(TvmstructError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
