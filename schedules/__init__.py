@@ -71,6 +71,10 @@ class Kernels(Protocol):
         """Return fused attention."""
         ...
 
+    def skip_grain(self, node) -> tuple[int, int, int]:
+        """Return keys in a chunk, queries in a tile and queries skipped together, of a node."""
+        ...
+
     def projects_attention(self, node, n: int, rows: int) -> bool:
         """Return whether attention and its projection to n in one kernel is legal and pays."""
         ...

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
     from tvmstruct.report import Report
+    from tvmstruct.skipping import Skip
     from tvmstruct.targets import resolve as resolve_target
     from tvmstruct.tuning import TuneReport, tune
 
@@ -36,6 +37,7 @@ _HOME = {
     "LayerPlan": "planning",
     "Plan": "planning",
     "Report": "report",
+    "Skip": "skipping",
     "TuneReport": "tuning",
     "resolve_target": "targets",
     "tune": "tuning",
@@ -46,6 +48,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "Report",
+    "Skip",
     "Source",
     "TuneReport",
     "compile",

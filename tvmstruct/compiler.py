@@ -18,10 +18,15 @@ from tvmstruct.frontends import Source, as_source
 from tvmstruct.model import Bucket, CompiledModel
 from tvmstruct.planning import Plan
 from tvmstruct.schedules.x86 import X86Kernels
+from tvmstruct.skipping import Skip
 from tvmstruct.targets import TargetSpec, resolve
 
 Shapes = Mapping[str, Sequence[int]]
 MEMORIES = ("auto", "minimal", "baseline")
+NO_SKIP = {
+    "minimal": "the kernel that makes queries, keys and values head by head cannot skip yet",
+    "baseline": "its attention is separate operators over all scores, which skip nothing",
+}
 PRECISIONS = ("f32", "bf16", "bf16-weights", "int8")
 
 
@@ -32,7 +37,7 @@ def compile(
     plan: Plan | Mapping[str, Any] | str | Path | None = None,
     precision: str = "f32",
     memory: str = "auto",
-    skip: None = None,
+    skip: Skip | float | Mapping[str, Any] | None = None,
     buckets: str | Sequence[Mapping[str, int]] = "auto",
     threads: int | None = None,
     database: str | Path | None = None,
@@ -48,6 +53,9 @@ def compile(
     heads and chunks of hidden features one after the other where that is no slower, "minimal"
     makes queries, keys and values head by head too and never holds a whole hidden layer,
     "baseline" keeps scores, probabilities and hidden features in memory, to compare with.
+    ``skip`` leaves out of attention what weighs next to nothing (NLP-Fast, section III-C), and
+    with it some accuracy: 8 skips scores more than 8 below the maximum of their query, see `Skip`;
+    ``measure_skip`` says what that saves and loses.
     ``buckets`` is "auto" (pad a batch or a length to the next of a few sizes where that provably
     or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
@@ -57,10 +65,11 @@ def compile(
 
     Raises TuningError, TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
     """
+    skip = Skip.of(skip)
     _check_options(precision, memory, skip)
     spec = resolve(target)
     source = as_source(source)
-    compiler = Compiler(source, spec, _plan(plan, source), precision, database, memory)
+    compiler = Compiler(source, spec, _plan(plan, source), precision, database, memory, skip)
     model = CompiledModel(
         source.inputs,
         source.outputs,
@@ -98,9 +107,10 @@ class Compiler:
         precision: str = "f32",
         database: str | Path | None = None,
         memory: str = "auto",
+        skip: Skip | None = None,
     ) -> None:
         self.source = source
-        self.session = new_session(spec, plan, precision, memory)
+        self.session = new_session(spec, plan, precision, memory, skip)
         self.session.select = selector(database, spec)
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
@@ -163,13 +173,15 @@ def new_session(
     plan: Plan | None = None,
     precision: str = "f32",
     memory: str = "auto",
+    skip: Skip | None = None,
 ) -> pipeline.Session:
     """Return a session without kernels; TargetError where the CPU cannot compute the precision."""
-    kernels = X86Kernels(spec.isa, spec.threads, spec.features, least_memory=memory == "minimal")
+    least = memory == "minimal"
+    kernels = X86Kernels(spec.isa, spec.threads, spec.features, least_memory=least, skip=skip)
     if precision != "f32":
         kernels.precision(precision)
     plan = Plan() if plan is None else plan
-    return pipeline.Session(spec, kernels, plan, precision=precision, memory=memory)
+    return pipeline.Session(spec, kernels, plan, precision=precision, memory=memory, skip=skip)
 
 
 def check_memory(memory: str) -> None:
@@ -178,8 +190,11 @@ def check_memory(memory: str) -> None:
         raise InputError(f"memory={memory!r} is unknown; known: {', '.join(MEMORIES)}")
 
 
-def _check_options(precision: str, memory: str, skip: object) -> None:
+def _check_options(precision: str, memory: str, skip: Skip | None) -> None:
     check_precision(precision)
     check_memory(memory)
-    if skip is not None:
-        raise InputError(f"skip={skip!r}: this version has no skip; leave it None")
+    if skip is not None and memory in NO_SKIP:
+        raise InputError(
+            f'memory="{memory}" and skip={skip.threshold:g}: {NO_SKIP[memory]}; '
+            'choose memory="auto" or skip=None'
+        )

@@ -39,6 +39,7 @@ from tvmstruct.rewrite import Log, Rule, apply_rule
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.builder import argument, i64, prim_func
 from tvmstruct.schedules.registry import KERNEL, Kernel
+from tvmstruct.skipping import Skip
 from tvmstruct.targets import TargetSpec
 from tvmstruct.weights import WeightStore
 
@@ -58,6 +59,7 @@ class Session:
     select: Select = keep_default
     precision: str = "f32"
     memory: str = "auto"
+    skip: Skip | None = None
 
 
 @dataclass
@@ -82,7 +84,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     layers = layer_records(mod, table, session.forms, names)
     for rule in _fuse(table, session):
         mod = apply_rule(mod, rule, log)
-    layers += [*fused_records(mod, table), *refused_records(log)]
+    layers += [*fused_records(mod, table, session.skip), *refused_records(log)]
     emit = EmitKernels(table, session.kernels, session.store, session.select)
     lift = LiftConstants(session.store)
     for rule in (emit, lift):
@@ -124,7 +126,8 @@ def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
     if session.memory == "minimal":
         yield MinimiseAttention(table, session.kernels)
     if partitioned:
-        yield ProjectAttention(table, session.kernels)
+        if session.skip is None:  # skipped work is dealt out by (head, tile), heads kept apart
+            yield ProjectAttention(table, session.kernels)
         yield SplitFeedForward(table, session.kernels)
 
 

@@ -21,6 +21,7 @@ from tvmstruct.layers import (
 )
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
+from tvmstruct.skipping import Skip
 
 REFUSALS = (
     "canonicalize_dense",
@@ -46,7 +47,9 @@ def layer_records(
     return list(found.values())
 
 
-def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]:
+def fused_records(
+    mod: tvm.IRModule, table: LayerTable, skip: Skip | None = None
+) -> Iterator[LayerRecord]:
     """Yield a record per fused attention and feed-forward block."""
     count = 0
     for value in Graph(mod["main"]).bound.values():
@@ -64,7 +67,8 @@ def fused_records(mod: tvm.IRModule, table: LayerTable) -> Iterator[LayerRecord]
                 "attention",
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
                 reason=f"fused, running maximum, {_scores(node)}; "
-                f"{_made(made) or _sources(node, value)}{_into(projection)}",
+                f"{_made(made) or _sources(node, value)}{_into(projection)}"
+                f"{'' if skip is None else f'; skip: {skip}'}",
             )
             count += 1
         elif isinstance(node, FeedForward):

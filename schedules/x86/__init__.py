@@ -21,6 +21,7 @@ from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
 from tvmstruct.schedules.x86.precisions import Precision, precision
+from tvmstruct.skipping import Skip
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
@@ -35,9 +36,10 @@ class X86Kernels:
         features: frozenset[str] = frozenset(),
         *,
         least_memory: bool = False,
+        skip: Skip | None = None,
     ) -> None:
         self.isa, self.threads, self.features = isa, threads, features
-        self.least_memory = least_memory
+        self.least_memory, self.skip = least_memory, skip
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
 
@@ -78,6 +80,10 @@ class X86Kernels:
             return streamed_attention.streamed_attention(heads, rows, count)
         work = node.heads * node.key_length * (node.head_dim + node.value_dim)
         return make_kernel("attention", heads.key, lambda: attention(heads), work=work)
+
+    def skip_grain(self, node) -> tuple[int, int, int]:
+        """Return keys in a chunk, queries in a tile and queries skipped together, of a node."""
+        return 128, 32, 4
 
     def projects_attention(self, node, n: int, rows: int) -> bool:
         """Return whether attention and its projection to n in one kernel is legal and pays."""
