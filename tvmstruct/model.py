@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tvmstruct.compiler import Compiler
     from tvmstruct.footprint import Footprint
     from tvmstruct.pipeline import Lowered
+    from tvmstruct.skip_analysis import SkipStatistics
 
 CUT = ("attention", "feed-forward")  # forms that depend on the shape: the last one is reported
 Shapes = Mapping[str, Sequence[int]]
@@ -39,7 +41,8 @@ class Runner:
     """One virtual machine with aligned memory of its own for inputs that lie badly."""
 
     def __init__(self, executable: Any, shapes: Key, dtypes: Sequence[str]) -> None:
-        self.main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+        self.machine = relax.VirtualMachine(executable, tvm.cpu())
+        self.main = self.machine["main"]
         self.staging = [aligned_empty(s, d) for s, d in zip(shapes, dtypes, strict=True)]
         self.staged = [from_dlpack(array) for array in self.staging]
 
@@ -155,6 +158,7 @@ class CompiledModel:
         self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
         self._records = {r.name: r for r in records}
         self._seconds: dict[str, float] = {}
+        self._skipped: dict[str, SkipStatistics] = {}
         self._again: tuple[tuple[Any, ...], Key, tuple[Any, ...], Bucket] | None = None
         self._lock = threading.RLock()
         self._own_thread: ThreadPoolExecutor | None = None
@@ -196,8 +200,7 @@ class CompiledModel:
         if self._foreign:
             check_runs_here(self.spec)
         key = tuple([a.shape for a in arrays])
-        for i, name, rows in self._checks:
-            _check_ids(name, arrays[i], rows)
+        self._check_tokens(arrays)
         bucket = self.buckets.get(key)
         if bucket is None:
             return self._run_new(key, arrays)
@@ -210,6 +213,10 @@ class CompiledModel:
             seen, tensors = bucket.last  # the same arrays again need no checks at all
             self._again = (seen, key, tensors, bucket) if seen else None
         return outputs
+
+    def _check_tokens(self, arrays: Sequence[np.ndarray]) -> None:
+        for i, name, rows in self._checks:
+            _check_ids(name, arrays[i], rows)
 
     def _run_new(self, key: Key, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Serve a shape that is not compiled exactly: pad to a bucket, or compile."""
@@ -280,14 +287,46 @@ class CompiledModel:
             from tvmstruct.measure import measure_layers
 
             self._seconds = measure_layers(next(reversed(self.buckets.values())))
-        records = [
-            replace(r, seconds=self._seconds.get(r.name)) if r.name in self._seconds else r
-            for r in self._records.values()
-        ]
+        records = [self._measured(record) for record in self._records.values()]
         shapes = tuple(
             " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
         )
         return Report(tuple(records), self.spec.key, shapes, (*self.padder.notes, *self._memory()))
+
+    def measure_skip(
+        self, inputs: Mapping[str, Any], threads: int | None = None
+    ) -> dict[str, SkipStatistics]:
+        """Return by attention what skipping saves and loses on inputs by name.
+
+        The model runs once at exactly the shapes of ``inputs``, compiled if need be; numpy
+        compares each attention with an exact one. ``threads`` are those that the schedulers have
+        to keep busy; None is as many as the model runs on. ``report()`` repeats the result.
+
+        Raises InputError as `run` does, for a model compiled without ``skip``, without attention
+        that skips, or loaded.
+        """
+        from tvmstruct.skip_measure import compiler_that_skips, measure_bucket
+
+        compiler, skip = compiler_that_skips(self.compiler)
+        threads = _checked_threads(threads) or self.threads or self.spec.threads
+        check_runs_here(self.spec)
+        arrays = self._bind((), inputs)
+        self._check_tokens(arrays)
+        names = [spec.name for spec in self.inputs]
+        shapes = (array.shape for array in arrays)
+        bucket = self._bucket(self._sizes(dict(zip(names, shapes, strict=True))))
+        work = partial(measure_bucket, bucket, arrays, compiler, skip, threads)
+        found = work() if self._own_thread is None else self._own_thread.submit(work).result()
+        self._skipped |= found
+        return found
+
+    def _measured(self, record: LayerRecord) -> LayerRecord:
+        """Return a record with what was measured of its layer."""
+        if (seconds := self._seconds.get(record.name)) is not None:
+            record = replace(record, seconds=seconds)
+        if (skipped := self._skipped.get(record.name)) is not None:
+            record = replace(record, reason=f"{record.reason}; skip: {skipped}")
+        return record
 
     def footprint(self, shapes: Shapes) -> Footprint:
         """Return the memory that intermediate results take at input shapes, compiled if need be.
