@@ -11,6 +11,8 @@ import pytest
 import tvmstruct
 from tvmstruct import cli, models, progress
 from tvmstruct.errors import InputError, ModelError
+from tvmstruct.skip_analysis import SkipStatistics
+from tvmstruct.skipping import Skip
 
 
 class FakeReport:
@@ -31,6 +33,8 @@ class FakeModel:
         SimpleNamespace(name="scale", dtype="float32", shape=("batch", 3)),
     )
 
+    default_ones, default_zeros, token_inputs = ("attention_mask",), (), {"input_ids": 7}
+
     def __init__(self):
         self.buckets, self.feeds, self.options = [], {}, {}
 
@@ -41,8 +45,13 @@ class FakeModel:
         self.feeds = feeds
         return {"sum": feeds["input_ids"].sum(axis=1), "nan": np.array([np.nan, 1.0])}
 
-    def report(self):
+    def report(self, measure=False):
         return FakeReport()
+
+    def measure_skip(self, feeds):
+        self.feeds = feeds
+        busy = {"head-first": 0.4, "chunk-first": 0.5, "random": 0.6, "dynamic": 0.9}
+        return {"attention.0": SkipStatistics(0.71, 0.45, 1.2e-3, 0.999, 0.25, busy, 32)}
 
     def save(self, path):
         path.write_bytes(b"compiled")
@@ -161,7 +170,58 @@ def test_report_as_text_json_and_page(model, onnx_file, tmp_path, call):
     assert "<table>" in (tmp_path / "page.html").read_text()
 
 
+SKIPS = [("8", Skip(8)), ("0.5", Skip(0.5)), ("raw:0.0", Skip(0, raw=True))]
+
+
+@pytest.mark.parametrize(("text", "skip"), SKIPS)
+def test_skip_and_memory_go_to_compile(model, onnx_file, tmp_path, call, text, skip):
+    out, options = tmp_path / "out.tvms", ["--skip", text, "--memory", "minimal"]
+    for command in (["compile", "-o", out], ["run", "--random", "input_ids=2x3"], ["report"]):
+        assert call(*command, onnx_file, *options).code == 0
+        assert model.options["skip"] == skip
+        assert model.options["memory"] == "minimal"
+
+
+def test_a_negative_raw_threshold_needs_no_quotes(model, onnx_file, call):
+    assert call("report", onnx_file, "--skip", "raw:-2").code == 0
+    assert model.options["skip"] == Skip(-2, raw=True)
+
+
+@pytest.mark.parametrize("option", [("--skip", "8"), ("--memory", "minimal")])
+def test_a_compiled_model_has_its_skip_and_memory(model, tmp_path, call, option):
+    saved = tmp_path / "model.tvms"
+    saved.write_bytes(b"")
+    for command in (["run", saved, "--random", "input_ids=2x3"], ["report", saved]):
+        result = call(*command, *option)
+        assert (result.code, f"give {option[0]} to tvmstruct compile" in result.err) == (2, True)
+
+
+def test_report_measures_what_is_skipped(model, onnx_file, call):
+    command = ["report", onnx_file, "--shape", "input_ids=2x9", "--skip", "8", "--measure"]
+    table = call(*command).out
+    for text in ("the report", "attention.0", "71.0%", "55.0%", "1.2e-03", "25.0%", "32", "40.0%"):
+        assert text in table
+    assert {name: a.shape for name, a in model.feeds.items()} == {
+        "input_ids": (2, 9),
+        "scale": (2, 3),
+    }
+    assert model.feeds["input_ids"].max() < 7
+    found = json.loads(call(*command, "--json").out)
+    assert found["layers"] == []
+    assert found["skip"]["attention.0"]["utilisation"]["dynamic"] == 0.9
+
+
+def test_a_built_in_model_is_measured_on_its_own_inputs(tiny, call):
+    assert call("report", TINY, "--skip", "8", "--measure").code == 0
+    for name, array in tiny.config.inputs().items():
+        np.testing.assert_array_equal(tiny.model.feeds[name], array)
+
+
 MISUSE = [
+    (["report", "MODEL", "--skip", "far"], "want a number such as 8, or raw:0.0"),
+    (["report", "MODEL", "--skip", "0"], "want a positive distance"),
+    (["report", "MODEL", "--skip", "nan"], "want a finite"),
+    (["report", "MODEL", "--memory", "least"], "'auto', 'minimal', 'baseline'"),
     (["compile", "MODEL"], "--output"),
     (["compile", "MODEL", "-o", "/no/such/folder/out.tvms"], "folder"),
     (["compile", "/no/such/model.onnx", "-o", "out.tvms"], "does not exist"),

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +15,12 @@ import typer
 
 from tvmstruct.errors import InputError, PlanError, TvmstructError
 from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
+from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
 
 if TYPE_CHECKING:
     from tvmstruct.models import Config
     from tvmstruct.sentence import Spec
+    from tvmstruct.skip_analysis import SkipStatistics
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -68,7 +71,12 @@ ShapeOption = Annotated[
 Precision = Annotated[
     str, typer.Option(help="Of dense layers: f32, bf16, bf16-weights or int8; the last three lose.")
 ]
-Measure = Annotated[bool, typer.Option("--measure", help="Time each layer on random data.")]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure", help="Time each layer on random data; with --skip, say what it does."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -100,7 +108,7 @@ def options(
 @app.command(
     "compile",
     epilog="Example: tvmstruct compile model.onnx -o model.tvms "
-    "--shape input_ids=1x16 --shape input_ids=8x128",
+    "--shape input_ids=1x16 --shape input_ids=8x128 --skip 8",
 )
 def compile_model(
     model: SourceModel,
@@ -109,6 +117,8 @@ def compile_model(
     plan: Plan = None,
     shape: ShapeOption = None,
     precision: Precision = "f32",
+    memory: Memory = "auto",
+    skip: SkipOption = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +129,8 @@ def compile_model(
     from tvmstruct.progress import working
 
     started = time.perf_counter()
-    compiled = _open(model, target, plan, threads, precision)
+    options = chosen(model, skip, memory)
+    compiled = _open(model, target, plan, threads, precision, **options)
     wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)
     buckets = _compile_buckets(compiled, wanted)
     with working(f"writing {output}"):
@@ -140,7 +151,10 @@ def compile_model(
         typer.echo(f"what became of each layer: tvmstruct report {output}")
 
 
-@app.command(epilog="Example: tvmstruct run model.tvms --input input_ids=ids.npy --output out.npz")
+@app.command(
+    epilog="Example: tvmstruct run model.tvms --input input_ids=ids.npy --output out.npz; or "
+    "tvmstruct run model.onnx --random input_ids=1x128 --memory minimal"
+)
 def run(
     model: Model,
     inputs: Annotated[
@@ -158,6 +172,8 @@ def run(
         Path | None, typer.Option("--output", "-o", help="Write the outputs to an .npz file.")
     ] = None,
     target: Target = "host",
+    memory: Memory = "auto",
+    skip: SkipOption = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -169,7 +185,7 @@ def run(
     if not files and not shapes and not made_up:
         raise typer.BadParameter("give the inputs: --input NAME=FILE.npy or --random NAME=AxB")
     _check_folder(output)
-    compiled = _open(model, target, None, threads)
+    compiled = _open(model, target, None, threads, **chosen(model, skip, memory))
     feeds = {name: _read_array(name, Path(file)) for name, file in files}
     feeds |= _random_arrays(compiled.inputs, shapes)
     if made_up:
@@ -187,7 +203,10 @@ def run(
         _print_table(described)
 
 
-@app.command(epilog="Example: tvmstruct report model.tvms --html report.html")
+@app.command(
+    epilog="Example: tvmstruct report model.tvms --html report.html; or, what skipping saves and "
+    "loses, tvmstruct report 'random:bert?layers=1' --skip 8 --measure"
+)
 def report(
     model: Model,
     html: Annotated[
@@ -197,24 +216,35 @@ def report(
     plan: Plan = None,
     shape: ShapeOption = None,
     precision: Precision = "f32",
+    memory: Memory = "auto",
+    skip: SkipOption = None,
     measure: Measure = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Say for every layer of MODEL what it became, what it costs, and why."""
     _check_folder(html)
-    compiled = _open(model, target, plan, threads, precision)
+    compiled = _open(model, target, plan, threads, precision, **chosen(model, skip, memory))
+    skipped: dict[str, SkipStatistics] = {}
     if not model.compiled:
         wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)[-1:]
-        _compile_buckets(compiled, wanted)
+        buckets = _compile_buckets(compiled, wanted)
+        if measure and skip is not None:
+            skipped = compiled.measure_skip(_typical(model, compiled, buckets[-1]))
     found = compiled.report(measure=True) if measure else compiled.report()
     if html is not None:
         title = f"<!doctype html><meta charset=utf-8><title>{Path(model.text).name}</title>"
         html.write_text(title + found._repr_html_(), encoding="utf-8")
-    if as_json:
+    if as_json and skipped:
+        more = {"skip": {name: asdict(statistics) for name, statistics in skipped.items()}}
+        _print_json(json.loads(found.to_json()) | more)
+    elif as_json:
         typer.echo(found.to_json())
     else:
         found.show()
+        if skipped:
+            _print_table(skip_rows(skipped))
+            typer.echo(LEGEND)
 
 
 @app.command(
@@ -360,6 +390,7 @@ def _open(
     plan: Path | None,
     threads: int | None,
     precision: str = "f32",
+    **options: Any,
 ) -> Any:
     """Return the CompiledModel of MODEL, whatever it names."""
     from tvmstruct.progress import working
@@ -369,7 +400,7 @@ def _open(
 
         if model.compiled:
             return tvmstruct.load(model.path)
-        options = {} if precision == "f32" else {"precision": precision}
+        options |= {} if precision == "f32" else {"precision": precision}
         return tvmstruct.compile(
             model.source(), target, plan=plan and _read_plan(plan), threads=threads, **options
         )
@@ -495,6 +526,19 @@ def _random_arrays(inputs: Sequence[Spec], shapes: Shapes) -> dict[str, Any]:
         else:
             arrays[name] = rng.standard_normal(shape).astype(dtype)
     return arrays
+
+
+def _typical(model: ModelArgument, compiled: Any, shapes: Shapes) -> dict[str, Any]:
+    """Return inputs of ``shapes``: a built-in model's own, or random ones without what may miss."""
+    if model.config is not None and shapes == model.config.shapes():
+        return model.config.inputs()
+    optional = {*compiled.default_ones, *compiled.default_zeros}
+    wanted = {name: shape for name, shape in shapes.items() if name not in optional}
+    arrays = _random_arrays(compiled.inputs, wanted)
+    return {
+        n: a % compiled.token_inputs.get(n, 100) if a.dtype.kind in "iu" else a
+        for n, a in arrays.items()
+    }
 
 
 def _summary(name: str, array: Any) -> dict[str, Any]:
