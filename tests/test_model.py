@@ -198,7 +198,7 @@ def test_options_are_checked():
     source = tvmstruct.from_onnx(models.dense_model())
     for options, message in (
         ({"precision": "f31"}, "precision='f31' is unknown; known: f32"),
-        ({"skip": 0.1}, "this version has no skip"),
+        ({"skip": 0}, "threshold is 0.0, want a positive distance"),
         ({"buckets": "some"}, 'want "auto", "exact" or a list'),
         ({"buckets": [{"rows": 4}]}, "must give a positive size for each of batch"),
         ({"buckets": [{"batch": 0}]}, "must give a positive size"),

@@ -416,6 +416,7 @@ def profile(
     target: Target = "host",
     shape: ShapeOption = None,
     precision: Precision = "f32",
+    memory: Memory = "auto",
     runs: Annotated[int | None, typer.Option(min=1, help="Runs that medians are over.")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -447,11 +448,11 @@ def profile(
         raise typer.BadParameter(str(error)) from error
     shapes = complete(given[0], asked.inputs) if given else None
     if cachegrind:
-        found = asked.simulate(shapes, cache, precision)
+        found = asked.simulate(shapes, cache, {"precision": precision, "memory": memory})
         typer.echo(found.to_json() if as_json else str(found))
         return
-    options = {"target": target, "precision": precision, "threads": threads, "runs": runs}
-    profiles = asked.profile(shapes, factor, options)
+    options = {"target": target, "precision": precision, "memory": memory, "threads": threads}
+    profiles = asked.profile(shapes, factor, {**options, "runs": runs})
     command.write(profiles, plot, html, csv)
     command.show(profiles, as_json=as_json)
 

@@ -55,7 +55,8 @@ def compile(
     "baseline" keeps scores, probabilities and hidden features in memory, to compare with.
     ``skip`` leaves out of attention what weighs next to nothing (NLP-Fast, section III-C), and
     with it some accuracy: 8 skips scores more than 8 below the maximum of their query, see `Skip`;
-    ``measure_skip`` says what that saves and loses.
+    ``measure_skip`` says what that saves and loses. Padding may move, within that loss, which
+    weights go.
     ``buckets`` is "auto" (pad a batch or a length to the next of a few sizes where that provably
     or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are

@@ -66,7 +66,12 @@ class Simulation:
 
 
 def simulate(
-    model: Any, shapes: Shapes | None = None, *, cache: str = CACHE, precision: str = "f32"
+    model: Any,
+    shapes: Shapes | None = None,
+    *,
+    cache: str = CACHE,
+    precision: str = "f32",
+    memory: str = "auto",
 ) -> Simulation:
     """Return what one call of a source or a built-in configuration does to simulated caches.
 
@@ -75,7 +80,8 @@ def simulate(
     """
     size = cache_bytes(cache)
     check_valgrind()
-    prepared = prepare(model, shapes, {"target": TARGET, "precision": precision, "threads": None})
+    options = {"target": TARGET, "precision": precision, "memory": memory, "threads": None}
+    prepared = prepare(model, shapes, options)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.tvms"
         prepared.model.save(file)

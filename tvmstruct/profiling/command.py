@@ -62,10 +62,12 @@ class Command:
                 **self.counting,
             )
 
-    def simulate(self, shapes: Shapes | None, cache: str, precision: str) -> cachegrind.Simulation:
+    def simulate(
+        self, shapes: Shapes | None, cache: str, options: Mapping[str, Any]
+    ) -> cachegrind.Simulation:
         """Return what cachegrind counts."""
         with working("compiling for AVX2, then twice under cachegrind: minutes"):
-            return cachegrind.simulate(self.model, shapes, cache=cache, precision=precision)
+            return cachegrind.simulate(self.model, shapes, cache=cache, **options)
 
 
 def write(

@@ -74,12 +74,15 @@ def random_inputs(
     return arrays
 
 
+DEFAULTS = {"target": "host", "precision": "f32", "memory": "auto", "threads": None}
+
+
 def _source_of(model: Any, options: Mapping[str, Any]) -> Source:
     if isinstance(model, Config):
         return source_of(model)
     if not isinstance(model, CompiledModel):
         return as_source(model)
-    for name, default in (("target", "host"), ("precision", "f32"), ("threads", None)):
+    for name, default in DEFAULTS.items():
         if options[name] != default:
             raise InputError(
                 f"{name}={options[name]!r} cannot change a compiled model; give it to compile()"

@@ -36,6 +36,7 @@ def profile(
     *,
     target: Any = "host",
     precision: str = "f32",
+    memory: str = "auto",
     threads: int | None = None,
     mode: str = "default",
     events: Sequence[str] = (),
@@ -46,7 +47,8 @@ def profile(
 
     It runs on random inputs of ``shapes``; without them a built-in configuration has its own
     shapes, a compiled model those used last, and another source one row of 128. ``target``,
-    ``precision`` and ``threads`` are as for ``compile``, for a model that is not compiled yet.
+    ``precision``, ``memory`` and ``threads`` are as for ``compile``, for a model that is not
+    compiled yet; "baseline" has a kernel for each class.
     Times are medians over ``runs`` runs, or as many as fit into a second or so. ``mode``
     "cachestat" counts misses of the last cache level, "custom" the ``events`` named, both by
     class and over all threads of the model. ``label`` names the profile in plots.
@@ -59,7 +61,7 @@ def profile(
     if runs is not None and runs < 1:
         raise InputError(f"runs={runs}; want 1 or more")
     _check_counts(wanted)
-    options = {"target": target, "precision": precision, "threads": threads}
+    options = {"target": target, "precision": precision, "memory": memory, "threads": threads}
     prepared = prepare(model, shapes, options)
     compiled = prepared.model
     found = on_own_thread(compiled.threads, lambda: _measure(prepared, wanted, runs))
