@@ -34,9 +34,9 @@ def problem(kv_heads=4, masked=False, causal=False, keys=13):
 
 
 def limit(skip, top):
-    if not skip.raw:
-        return np.float32(top) - np.float32(skip.threshold)
-    return min(np.float32(skip.threshold), top - max(abs(top), np.float32(1)) * np.float32(2**-22))
+    threshold = np.float32(skip.threshold)
+    far = threshold if skip.raw else np.float32(top) - threshold
+    return min(far, top - max(abs(top), np.float32(1)) * np.float32(2**-22))
 
 
 def naive(q, k, v, scale, mask, causal, skip, chunk, tile, group, threads):

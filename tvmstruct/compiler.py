@@ -121,7 +121,7 @@ class Compiler:
         with self._lock:
             lowered = pipeline.lower(self.source.at(shapes), self.session)
             self._check_plan()
-            executable = pipeline.build(lowered.mod, self.session)
+            executable = pipeline.build(lowered.planned, self.session)
             libraries = self._kernels(lowered)
             for library in libraries:
                 executable.mod.import_module(library)

@@ -64,9 +64,13 @@ class Session:
 
 @dataclass
 class Lowered:
-    """One bucket, scheduled: its module, the kernels that it calls, the weights that it takes."""
+    """One bucket, scheduled: its module, the kernels that it calls, the weights that it takes.
+
+    ``planned`` is the module once every result has its memory.
+    """
 
     mod: tvm.IRModule
+    planned: tvm.IRModule
     kernels: dict[str, Kernel]
     weights: list[str]
     layers: list[LayerRecord]
@@ -91,11 +95,11 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
-    mod = _plan_memory(mod, session)
+    planned = _plan_memory(mod, session)
     layers = tuned_records(layers, emit.tuned)
     funcs = (kernel.func for kernel in emit.used.values())
-    memory = footprint(mod, funcs, session.spec.threads)
-    return Lowered(mod, dict(emit.used), lift.names, layers, emit.calls, memory)
+    memory = footprint(planned, funcs, session.spec.threads)
+    return Lowered(mod, planned, dict(emit.used), lift.names, layers, emit.calls, memory)
 
 
 def _find_layers(

@@ -68,7 +68,7 @@ def _contents(model: CompiledModel, compiler: Compiler) -> tuple[dict[str, Any],
                 weights[weight] = name = f"weight.{len(weights)}"
                 sections[name] = _storable(store.tensors[weight])
         sections[f"bucket.{i}"] = linking.to_bytes(
-            pipeline.build(bucket.lowered.mod, compiler.session)
+            pipeline.build(bucket.lowered.planned, compiler.session)
         )
         buckets.append(
             {

@@ -18,7 +18,7 @@ from tvmstruct.skipping import Skip
 EXP_OPS = 12  # of one weight: multiply-adds of exp and the sum of weights
 ZERO_RATIO = 0.99  # zero-ratio threshold of V-Gen skipping in the paper
 BAND = 1 << 21  # scores held at a time
-GUARD = np.float32(2.0**-22)  # raw limits stay so far below the maximum, relative to it
+GUARD = np.float32(2.0**-22)  # limits stay so far below the maximum, relative to it
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ def find_zeros(scores: np.ndarray, skip: Skip, chunk: int) -> tuple[np.ndarray, 
     for first in range(0, scores.shape[1], chunk):
         part = scores[:, first : first + chunk]
         top = np.fmax(top, np.fmax.reduce(part, axis=1, keepdims=True))  # NaN is no maximum
-        limit = top - threshold
-        if skip.raw:
-            limit = np.fmin(threshold, top - np.maximum(abs(top), np.float32(1)) * GUARD)
+        limit = threshold if skip.raw else top - threshold
+        limit = np.fmin(limit, top - np.maximum(abs(top), np.float32(1)) * GUARD)
         zero[:, first : first + chunk] = part <= limit  # false for NaN
     return zero, np.where(np.isneginf(top), np.float32(0), top)
 

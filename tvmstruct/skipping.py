@@ -20,7 +20,7 @@ class Skip:
     Keys go by in chunks. Let m be the maximum of a query's scores up to and including a chunk;
     scores are scaled and masked. In that chunk a weight is zero where its score is at most
     ``m - threshold``: it and the weights like it would be below ``exp(-threshold)`` of the
-    largest. With ``raw`` the limit is ``threshold`` itself, as in the paper, but always below m,
+    largest. With ``raw`` the limit is ``threshold`` itself, as in the paper; it is always below m,
     so that the largest weight stays. A NaN score is never skipped.
 
     Raises InputError for a threshold that is not finite, or not positive without ``raw``.

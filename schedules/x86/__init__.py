@@ -83,10 +83,6 @@ class X86Kernels:
         key = (*heads.key, self.threads if heads.skip else 0)
         return make_kernel("attention", key, lambda: attention(heads, self.threads), work=work)
 
-    def skip_grain(self, node) -> tuple[int, int, int]:
-        """Return keys in a chunk, queries in a tile and queries skipped together, of a node."""
-        return 128, 32, 4
-
     def projects_attention(self, node, n: int, rows: int) -> bool:
         """Return whether attention and its projection to n in one kernel is legal and pays."""
         return projected_attention.pays(self._heads(node), n, rows, self.threads)

@@ -47,10 +47,10 @@ def limit(problem: Problem, top: Expr, lanes: int) -> Expr:
     """Return the score up to which weights are zero; the maximum itself is never under it."""
     assert problem.skip is not None
     threshold, raw = problem.skip
-    if not raw:
-        return top - splat(threshold, lanes)
+    bound = splat(threshold, lanes) if raw else top - splat(threshold, lanes)
+    # Next to a maximum of -1e9, say, a threshold of 8 rounds away.
     size = T.max(T.max(top, splat(0.0, lanes) - top), splat(1.0, lanes))
-    return T.min(splat(threshold, lanes), top - size * splat(ULPS, lanes))
+    return T.min(bound, top - size * splat(ULPS, lanes))
 
 
 def weight(score: Expr, top: Expr, bound: Expr, lanes: int) -> Expr:

@@ -48,9 +48,9 @@ def test_table(call):
 
 
 def test_cachegrind_prints_what_it_counted(call, monkeypatch):
-    def simulate(model, shapes, *, cache, precision):
+    def simulate(model, shapes, *, cache, precision, memory):
         assert isinstance(model, models.MemoryNetwork)
-        assert (cache, precision) == ("4MB", "f32")
+        assert (cache, precision, memory) == ("4MB", "f32", "auto")
         return cachegrind.Simulation("m", {"x": (1, 2)}, 4 << 20, 100, 50, 10, 5)
 
     monkeypatch.setattr(cachegrind, "simulate", simulate)

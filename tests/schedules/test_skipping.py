@@ -101,3 +101,15 @@ def test_nan_is_not_skipped(isa):
     got = call(build(isa, {"main": attention(h, 2)})["main"], [*map(as_rows, (q, k, v))], 20, 16)
     assert np.isnan(got[3]).all()
     assert not np.isnan(np.delete(got, 3, 0)).any()
+
+
+@every_isa
+def test_a_row_whose_keys_are_all_masked_keeps_its_mean(isa):
+    q, k, v = random_heads((1, 1, 20, 16), (1, 1, 30, 16), (1, 1, 30, 16))
+    options = {"mask": "keys", "skip": (8.0, False)}
+    h = Heads(isa, 1, 16, 20, 30, 0.3, (16, 0), (16, 0), (16, 0), **options)
+    mask = np.full((1, 30), np.finfo(np.float32).min)
+    arrays = [*map(as_rows, (q, k, v)), mask]
+    got = call(build(isa, {"main": attention(h, 2)})["main"], arrays, 20, 16)
+    want = np.broadcast_to(v[0, 0].mean(0), got.shape)
+    np.testing.assert_allclose(got, want, atol=3e-6)
