@@ -83,6 +83,10 @@ class EmitKernels:
         self.calls.append(KernelCall(node, kernel.symbol, shapes, dtypes))
         return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
 
+    def kernel_of(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]) -> Kernel:
+        """Return the default kernel of a node with a result of ``shape``."""
+        return self._kernel(node, args, shape)[0]
+
     @singledispatchmethod
     def _kernel(
         self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]

@@ -40,7 +40,8 @@ def measure_layers(bucket: Bucket) -> dict[str, float]:
 def _seconds(bucket: Bucket, call: KernelCall) -> float:
     rng = np.random.default_rng(0)
     arrays = [
-        tvm.runtime.tensor(_random(rng, *a)) for a in zip(call.shapes, call.dtypes, strict=True)
+        tvm.runtime.tensor(random_array(rng, *a))
+        for a in zip(call.shapes, call.dtypes, strict=True)
     ]
     library = next(lib for lib in bucket.libraries if lib.implements_function(call.symbol))
     evaluate = library.time_evaluator(
@@ -49,7 +50,8 @@ def _seconds(bucket: Bucket, call: KernelCall) -> float:
     return float(evaluate(*arrays).median)
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return data for timing: uniform floats, and packed words without denormal numbers."""
     if dtype == "float32":
         return rng.random(shape, np.float32)
     return np.full(shape, WORD, dtype)  # random bits would hold denormal numbers and NaN

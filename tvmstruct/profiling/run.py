@@ -17,6 +17,7 @@ from tvmstruct.frontends import Source
 from tvmstruct.model import CompiledModel
 from tvmstruct.models import Config
 from tvmstruct.profiling.classes import classify, rank
+from tvmstruct.profiling.difference import epilogue_shares
 from tvmstruct.profiling.events import Counters, events_of
 from tvmstruct.profiling.prepare import Prepared, Shapes, prepare
 from tvmstruct.profiling.result import DenormalWarning, Profile, Row, denormal_text
@@ -107,7 +108,11 @@ def _measure(prepared: Prepared, events: Sequence[str], runs: int | None) -> Pro
         bandwidth=bandwidth,
         working_set=size,
         rows=make_rows(
-            steps, timing.steps, (peak, bandwidth), dict(zip(events, counts.T, strict=True))
+            steps,
+            timing.steps,
+            (peak, bandwidth),
+            dict(zip(events, counts.T, strict=True)),
+            epilogue_shares(model.compiler.session, bucket.lowered),
         ),
         denormals=denormals,
         notes=_notes(events, shared),
@@ -119,15 +124,17 @@ def make_rows(
     seconds: Sequence[float],
     limits: tuple[float, float],
     counts: Mapping[str, np.ndarray],
+    shares: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[Row, ...]:
     """Return a row for each class: steps with their seconds and counts, added up.
 
     A step that took NaN seconds is no call and left out. ``limits`` are the peak in GFLOP/s and
     the bandwidth in GB/s; a step's least time is the longer of what its FLOPs and what its bytes
-    take at these.
+    take at these. ``shares`` of a kernel's time, by its symbol, go to the class that they name:
+    parts of the kernel, which bring no FLOPs and no bytes of their own.
     """
+    steps, seconds, names = _take_parts(steps, seconds, classify(steps), shares or {})
     ran = [i for i, took in enumerate(seconds) if not math.isnan(took)]
-    names = classify(steps)
     total = sum(seconds[i] for i in ran)
     peak, bandwidth = limits
     rows = []
@@ -148,10 +155,32 @@ def make_rows(
                 bytes=moved,
                 intensity=flops / moved if moved else 0.0,
                 percent_of_roofline=100 * least / took / 1e9 if took else 0.0,
-                events={event: float(values[at].sum()) for event, values in counts.items()},
+                events={
+                    event: float(sum(values[i] for i in at if i < len(values)))
+                    for event, values in counts.items()
+                },
             )
         )
     return tuple(rows)
+
+
+def _take_parts(
+    steps: Sequence[Step],
+    seconds: Sequence[float],
+    names: Sequence[str],
+    shares: Mapping[str, Mapping[str, float]],
+) -> tuple[list[Step], list[float], list[str]]:
+    """Return the steps with a further one for each part of a kernel that has a class of its own."""
+    all_steps, times, all_names = list(steps), list(seconds), list(names)
+    for i, step in enumerate(steps):
+        for name, share in shares.get(step.symbol, {}).items():
+            part = min(share, 1.0) * seconds[i]
+            if name != names[i] and not math.isnan(part):
+                times[i] -= part
+                all_steps.append(replace(step, flops=0.0, bytes=0))
+                times.append(part)
+                all_names.append(name)
+    return all_steps, times, all_names
 
 
 @cache
