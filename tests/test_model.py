@@ -434,7 +434,7 @@ def test_exact_buckets_are_never_padded():
     model = tvmstruct.compile(tvmstruct.from_onnx(models.dense_model()), buckets="exact")
     model(np.ones((11, 24), np.float32))
     assert list(model.buckets) == [((1, 24),), ((11, 24),)]
-    assert model.report().notes == ()
+    assert all(note.startswith("intermediate results") for note in model.report().notes)
 
 
 def test_fixed_buckets():
