@@ -22,7 +22,7 @@ from tvmstruct.schedules.x86.packed_dense import HEIGHTS, VECTORS, panel_width
 from tvmstruct.schedules.x86.partial_sums import PartialSums
 from tvmstruct.targets import Isa
 
-BLOCK = 64  # rows of a block: enough to reuse a streamed panel, few enough for the cache
+BLOCK = 128  # rows of a block: enough to reuse a streamed panel, few enough for the cache
 HIDDEN = 256  # hidden features of a chunk: y is read and written once per chunk
 MOST = 4  # times as many rows and features at most, when tuning chooses
 MANY_ROWS = 256  # below, the hidden rows stay in cache anyway and separate kernels tie
