@@ -43,12 +43,34 @@ class SimplifyLayout:
         shape = compat.static_shape(x)
         if shape is not None and _moves_only_ones(shape, axes):
             return R.reshape(x, tuple(shape[a] for a in axes))
-        if shape is not None and 1 in shape:  # axes of one would hide that transposes cancel
-            kept = [a for a in axes if shape[a] != 1]
-            order = [sorted(kept).index(a) for a in kept]
-            small = R.reshape(x, tuple(n for n in shape if n != 1))
-            return R.reshape(R.permute_dims(small, order), tuple(shape[a] for a in axes))
+        if shape is not None and (joined := _joined(graph, x, axes, shape)) is not None:
+            return joined
         return None if x.same_as(call.args[0]) else R.permute_dims(x, axes)
+
+
+def _joined(
+    graph: Graph, x: relax.Expr, axes: list[int], shape: tuple[int, ...]
+) -> relax.Expr | None:
+    """Return a transpose after one before it, where only axes of one came or went between."""
+    middle = graph.call(x, "relax.reshape")
+    first = None if middle is None else graph.call(middle.args[0], "relax.permute_dims")
+    source = None if first is None else compat.static_shape(first.args[0])
+    if first is None or source is None:
+        return None
+    before, then = _order(_axes(first), source), _order(axes, shape)
+    small = tuple(n for n in source if n != 1)
+    if tuple(small[a] for a in before) != tuple(n for n in shape if n != 1):
+        return None
+    both, out = [before[a] for a in then], tuple(shape[a] for a in axes)
+    if both == sorted(both):
+        return R.reshape(first.args[0], out)
+    return R.reshape(R.permute_dims(R.reshape(first.args[0], small), both), out)
+
+
+def _order(axes: list[int], shape: tuple[int, ...]) -> list[int]:
+    """Return the order of the axes that are not one, numbered among themselves."""
+    kept = [a for a in axes if shape[a] != 1]
+    return [sorted(kept).index(a) for a in kept]
 
 
 def _axes(call: relax.Call) -> list[int]:
