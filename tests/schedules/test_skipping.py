@@ -20,19 +20,22 @@ SIZES = [
 ]
 
 
+def limit(top, skip):
+    """Return the score up to which weights are zero."""
+    threshold, raw = skip
+    far = threshold if raw else top - threshold
+    return np.minimum(far, top - np.maximum(abs(top), 1) * 2.0**-22)
+
+
 def reference(q, k, v, scale, skip, chunk):
     """Return attention that drops weights up to the limit, chunk after chunk."""
-    threshold, raw = skip
     scores = (q @ k.swapaxes(-1, -2) * np.float32(scale)).astype(np.float64)
     top = np.full((*scores.shape[:3], 1), -np.inf)
     total, out = np.zeros_like(top), 0.0
     for first in range(0, scores.shape[3], chunk):
         part = scores[..., first : first + chunk]
         new = np.maximum(top, part.max(-1, keepdims=True))
-        limit = new - threshold
-        if raw:
-            limit = np.minimum(threshold, new - np.maximum(abs(new), 1) * 2.0**-22)
-        weights = np.where(part <= limit, 0, np.exp(part - new))
+        weights = np.where(part <= limit(new, skip), 0, np.exp(part - new))
         shrink = np.exp(top - new)
         total = total * shrink + weights.sum(-1, keepdims=True)
         out = out * shrink + weights @ v[..., first : first + chunk, :].astype(np.float64)
@@ -81,15 +84,12 @@ def _merged(q, k, v, skip, h, ranges):
 
 def _total(scores, skip, chunk, last):
     """Return the sum of the weights of a range under its last maximum."""
-    threshold, raw = skip
     top, total = np.full((*scores.shape[:3], 1), -np.inf), 0.0
     for first in range(0, scores.shape[3], chunk):
         part = scores[..., first : first + chunk]
         top = np.maximum(top, part.max(-1, keepdims=True))
-        limit = top - threshold
-        if raw:
-            limit = np.minimum(threshold, top - np.maximum(abs(top), 1) * 2.0**-22)
-        total = total + np.where(part <= limit, 0, np.exp(part - last)).sum(-1, keepdims=True)
+        kept = np.where(part <= limit(top, skip), 0, np.exp(part - last))
+        total = total + kept.sum(-1, keepdims=True)
     return total
 
 
