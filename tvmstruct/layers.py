@@ -130,6 +130,11 @@ class HashTables:
     norm: float | None = None  # epsilon of a layer normalisation at the end
     precision: str = "f32"
 
+    @property
+    def epilogue(self) -> Epilogue:
+        """What the kernel adds to the sum of rows."""
+        return Epilogue(self.bias is not None, "none", self.residual, self.norm)
+
 
 @dataclass
 class Form:
