@@ -9,6 +9,7 @@ where its operands and its result lie; `wide_tile` and `narrow_tile` say how it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
 
@@ -200,6 +201,16 @@ def registers(lanes: int, count: int) -> list[tirx.Buffer]:
 def scratch(*shape: int) -> tirx.Buffer:
     """Allocate float32 memory of a thread."""
     return T.alloc_buffer(shape, "float32", scope="global")
+
+
+def reduce_lanes(value: Expr, lanes: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Return a scalar from the lanes of a vector, joining one half with the other."""
+    while lanes > 1:
+        lanes //= 2
+        (held,) = registers(2 * lanes, 1)
+        T.buffer_store(held, value, [ramp(0, 2 * lanes)])
+        value = join(held[ramp(0, lanes)], held[ramp(lanes, lanes)])
+    return value
 
 
 def fewest_lanes(count: int, isa: Isa) -> int:
