@@ -18,8 +18,9 @@ RAW = "raw:"
 
 
 LEGEND = (
-    "saved: of softmax and weighted sum; v-gen: values that no query needs; last four columns: how "
-    "busy a scheduler keeps the threads"
+    "saved: of softmax and weighted sum; v-gen: values that hardly a query needs; not made: rows "
+    "of values left out, with --memory minimal; last four columns: how busy a scheduler keeps the "
+    "threads"
 )
 
 
@@ -76,6 +77,7 @@ def skip_rows(found: Mapping[str, SkipStatistics]) -> list[dict[str, Any]]:
             "error": f"{s.error:.1e}",
             "cosine": f"{s.cosine:.6f}",
             "v-gen": f"{s.v_gen:.1%}",
+            "not made": "-" if s.unmade is None else f"{s.unmade} of {s.value_rows}",
             "threads": s.threads,
         }
         | {scheduler: f"{busy:.1%}" for scheduler, busy in s.utilisation.items()}
