@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from tvm import tirx
 
@@ -121,7 +121,8 @@ class X86Kernels:
 
     def skip_grain(self, node, *, makes_values: bool = False) -> tuple[int, int, int]:
         """Return the keys of a chunk, and the queries that skip an exp and a product together."""
-        problem = replace(self._heads(node).problem, makes_values=makes_values)
+        heads = self._heads(node)
+        problem = minimal_element.tile_problem(heads) if makes_values else heads.problem
         if problem.narrow:
             return problem.chunk, 1, 1
         return problem.chunk, problem.tile, wide_tile.group_size(problem)

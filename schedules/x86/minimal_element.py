@@ -57,6 +57,11 @@ def head_dims(h: Heads) -> tuple[int, int, int]:
     return h.head_dim, h.head_dim, h.width
 
 
+def tile_problem(h: Heads) -> Problem:
+    """Return what one tile computes of ``h`` where q, k and v are made on the way."""
+    return replace(h.problem, in_parts=True, makes_values=h.skip is not None)
+
+
 @dataclass
 class Element:
     """Code for one element of the batch; ``kind`` is the loop over the rows of a step."""
@@ -68,11 +73,10 @@ class Element:
 
     def __post_init__(self) -> None:
         h = self.sizes.h
-        skips = h.skip is not None
-        self.problem: Problem = replace(h.problem, in_parts=True, makes_values=skips)
+        self.problem = tile_problem(h)
         width, p = panel_width(h.isa), self.problem
         # generated at a time; whether a weight is zero is known when its chunk is
-        self.keys = p.chunk if skips else max(p.chunk, GENERATED // p.chunk * p.chunk)
+        self.keys = p.chunk if p.makes_values else max(p.chunk, GENERATED // p.chunk * p.chunk)
         self.tiles = -(-h.query_length // p.tile)
         dims = [-(-dim // width) * width for dim in head_dims(h)]
         lengths = (h.query_length, min(self.keys, h.key_length), min(self.keys, h.key_length))
