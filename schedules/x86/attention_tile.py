@@ -69,6 +69,7 @@ class Problem:
     most_keys: int = CHUNK  # in a chunk
     skip: tuple[float, bool] | None = None  # threshold of weights that are zero, and whether raw
     in_parts: bool = False  # whether the sums are divided apart, even after a single chunk
+    makes_values: bool = False  # once the weights of a chunk are known for all queries
 
     @property
     def lanes(self) -> int:
@@ -110,7 +111,7 @@ class Problem:
     def narrow(self) -> bool:
         """Whether a vector of queries would be mostly empty, and heads are whole vectors."""
         whole = not self.head_dim % self.isa.lanes and not self.value_dim % self.isa.lanes
-        return self.query_length <= FEW_QUERIES and whole
+        return self.query_length <= FEW_QUERIES and whole and not self.makes_values
 
 
 @dataclass(frozen=True)
