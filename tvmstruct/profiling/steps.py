@@ -20,7 +20,7 @@ from tvmstruct.schedules.registry import WORK
 if TYPE_CHECKING:
     from tvmstruct.pipeline import Lowered
 
-GATHERS = frozenset({"take", "gather"})
+GATHERS = frozenset({"take", "gather", "embedding"})
 SOFTMAX_FLOPS = 5  # of an element: maximum, difference, exponential, sum, quotient
 SIZES = {"bfloat16": 2, "bool": 1}  # bytes of the dtypes that numpy has no or another size for
 
