@@ -18,7 +18,7 @@ from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
 
 if TYPE_CHECKING:
-    from tvmstruct.models import Config
+    from tvmstruct.models import Config, Counts
     from tvmstruct.sentence import Spec
     from tvmstruct.skip_analysis import SkipStatistics
 
@@ -235,16 +235,27 @@ def report(
     if html is not None:
         title = f"<!doctype html><meta charset=utf-8><title>{Path(model.text).name}</title>"
         html.write_text(title + found._repr_html_(), encoding="utf-8")
-    if as_json and skipped:
-        more = {"skip": {name: asdict(statistics) for name, statistics in skipped.items()}}
+    more: dict[str, Any] = {} if (counts := _counts(model)) is None else {"counts": counts.rows()}
+    if skipped:
+        more["skip"] = {name: asdict(statistics) for name, statistics in skipped.items()}
+    if as_json:
         _print_json(json.loads(found.to_json()) | more)
-    elif as_json:
-        typer.echo(found.to_json())
     else:
         found.show()
+        if counts is not None:
+            typer.echo(f"parameters, norms and biases included: {counts}")
         if skipped:
             _print_table(skip_rows(skipped))
             typer.echo(LEGEND)
+
+
+def _counts(model: ModelArgument) -> Counts | None:
+    """Return the parameters of a built-in model by part."""
+    if model.config is None:
+        return None
+    from tvmstruct import models
+
+    return models.count(model.config)
 
 
 @app.command(

@@ -27,6 +27,7 @@ from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
 from tvmstruct.passes.project_attention import ProjectAttention
+from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recover_structure import RecoverStructure
@@ -108,6 +109,7 @@ def _find_layers(
     yield ClipGathers()
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
+    yield RecognizeKronecker(table, session.forms)
     yield ApplyPlan(table, session.forms, session.plan)
     yield RecoverStructure(table, session.forms, stored)
     yield ChoosePrecision(table, session.forms, session.kernels, session.precision)
