@@ -113,6 +113,24 @@ class LayerNorm:
     epsilon: float
 
 
+@dataclass(frozen=True)
+class HashTables:
+    """``y = norm(residual + sum_k score_k * tables[k, code_k] + bias)``: `tvmstruct.lookup`.
+
+    Arguments are the hashed features z (rows, h * tau), which some `Layer` yields, the residual
+    where there is one, and scale and shift of the normalisation.
+    """
+
+    names: tuple[str, ...]  # of the tables in the source
+    tables: np.ndarray  # (h, 2**tau, n)
+    bias: np.ndarray | None = None
+    flips: int = 0
+    scaled: bool = True
+    residual: bool = False
+    norm: float | None = None  # epsilon of a layer normalisation at the end
+    precision: str = "f32"
+
+
 @dataclass
 class Form:
     """What a weight became, decided once per weight and kept for every bucket."""
@@ -126,7 +144,9 @@ class Form:
     bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
-Node = Layer | FeedForward | Attention | ProjectedAttention | MinimalAttention | LayerNorm
+Node = (
+    Layer | FeedForward | Attention | ProjectedAttention | MinimalAttention | HashTables | LayerNorm
+)
 
 
 def weights_of(node: Node) -> tuple[Layer, ...]:
