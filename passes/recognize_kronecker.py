@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.families.kronecker import kronecker
+from tvmstruct.families.kronecker import Shape, factor_shapes, kronecker
 from tvmstruct.layers import Form, Layer, LayerTable, arguments
+from tvmstruct.passes.factored import common_name, cropped_width, is_cropped
 from tvmstruct.rewrite import Graph
 
 R = relax.op
@@ -41,11 +42,11 @@ class RecognizeKronecker:
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the structured layer at the last call of a chain, or None."""
-        width = _cropped_width(call)
+        width = cropped_width(call)
         end = call.args[0] if width else call
         found = self._match(graph, end, width)
         shape = compat.static_shape(call)
-        if found is None or shape is None or (not width and _is_cropped(graph, call)):
+        if found is None or shape is None or (not width and is_cropped(graph, call)):
             return None
         layer = found.layer
         self.forms.setdefault(layer.key, found.form)
@@ -87,10 +88,10 @@ class RecognizeKronecker:
             *ops.pad(n_in, n1 * n2), kronecker(a, b), *ops.crop(m1 * m2, width or m1 * m2)
         )
         op = ops.cast(op, first.op.w.dtype)
-        names = (_common_name(first.names[0], second.names[0]),)
+        names = (common_name(first.names[0], second.names[0]),)
         dense = n_in * op.n_out
         reason = f"as the graph has it; a dense one takes {dense:,} multiply-adds"
-        parameters = {"r": r, "a": (n1, m1), "b": (n2, m2)}
+        parameters = _parameters(n_in, op.n_out, r, (n1, m1), (n2, m2))
         return _Found(Layer(names, op), Form(op, "kronecker", parameters, 0.0, reason), x, rows)
 
 
@@ -119,23 +120,10 @@ def _reordered(graph: Graph, expr: relax.Expr, axes: int) -> _Reordered | None:
     return _Reordered(expr, shape[lead:], tuple(a - lead for a in order[lead:]))
 
 
-def _is_cropped(graph: Graph, call: relax.Call) -> bool:
-    """Return whether a chain goes on after ``call`` with a slice of its features."""
-    slices = (v for v in graph.bound.values() if _cropped_width(v))
-    return any(graph.value(v.args[0]).same_as(call) for v in slices)
-
-
-def _cropped_width(call: relax.Call) -> int:
-    """Return how many features of the last axis a slice keeps from its start, or 0."""
-    if compat.op_name(call) != "relax.strided_slice":
-        return 0
-    after, source = compat.static_shape(call), compat.static_shape(call.args[0])
-    if after is None or source is None or after[:-1] != source[:-1]:
-        return 0
-    axes, begin, _, *strides = ([int(v) for v in arg.fields] for arg in call.args[1:])
-    if axes not in ([len(source) - 1], [-1]) or begin != [0] or strides not in ([], [[1]]):
-        return 0
-    return after[-1]
+def _parameters(n_in: int, n_out: int, r: int, a: Shape, b: Shape) -> dict[str, object]:
+    """Return the rank and, where they are not those of Shapeshifter, the shapes of the factors."""
+    usual = factor_shapes(n_in, n_out, r=r) == (a, b)
+    return {"r": r} if usual else {"r": r, "a": a, "b": b}
 
 
 def _before_padding(graph: Graph, expr: relax.Expr, width: int) -> tuple[relax.Expr, int]:
@@ -151,9 +139,3 @@ def _before_padding(graph: Graph, expr: relax.Expr, width: int) -> tuple[relax.E
     if zeros.pad_mode != "constant" or zeros.pad_value != 0 or any(widths[:-1]) or inner is None:
         return expr, width
     return padded.args[0], inner[-1]
-
-
-def _common_name(a: str, b: str) -> str:
-    """Return what two names share up to a dot, such as ``query.weight`` of its factors."""
-    stem = a.rpartition(".")[0]
-    return stem if stem and stem == b.rpartition(".")[0] else f"{a}+{b}"
