@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
 
@@ -71,8 +72,11 @@ class Kernels(Protocol):
         """Return fused attention."""
         ...
 
-    def skip_grain(self, node) -> tuple[int, int, int]:
-        """Return keys in a chunk, queries in a tile and queries skipped together, of a node."""
+    def skip_grain(self, node, *, makes_values: bool = False) -> tuple[int, int, int]:
+        """Return keys in a chunk, queries in a tile and queries skipped together, of a node.
+
+        With ``makes_values`` they are those of `minimal_attention`.
+        """
         ...
 
     def projects_attention(self, node, n: int, rows: int) -> bool:
@@ -95,6 +99,14 @@ class Kernels(Protocol):
         self, node, sources: Sequence, epilogue: Epilogue, shape: tuple[int, ...]
     ) -> Kernel:
         """Return attention that makes q, k and v and projects its result to ``shape``."""
+        ...
+
+    def hashes(self, tables: Tables) -> bool:
+        """Return whether there is a kernel for so many entries of a table."""
+        ...
+
+    def hash_tables(self, tables: Tables, rows: int) -> Kernel:
+        """Return codes, gathers and weighted sums of a LookupFFN layer."""
         ...
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
