@@ -305,6 +305,8 @@ def test_a_factored_model_holds_no_matrix():
     assert len(layers) == 6
     query = layers["encoder.layer.0.attention.self.query.weight"]
     assert (query.shape, query.params) == ((32, 32), 2 * 2 * 6 * 6)
+    (words,) = (x for x in model.report().layers if x.form == "word2ket_xs")
+    assert (words.name, words.params) == ("embeddings.word_embeddings.weight", 2 * 3 * 30 * 6)
     (bucket,) = (b for key, b in model.buckets.items() if key[0] == (1, 7))
     largest = max(weight.numpy().size for weight in bucket.weights)
     assert largest <= max(512 * 32, 30 * 6 * 3)  # positions, which stay dense; a factor of words

@@ -13,9 +13,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvmstruct import models
+    from tvmstruct import embeddings, models
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
+    from tvmstruct.frontends.word2ket import from_word2ket
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
     from tvmstruct.profiling import Profile, profile
@@ -34,6 +35,7 @@ _HOME = {
     "from_pretrained": "frontends",
     "from_relax": "frontends",
     "from_torch": "frontends",
+    "from_word2ket": "frontends.word2ket",
     "CompiledModel": "model",
     "LayerPlan": "planning",
     "Plan": "planning",
@@ -46,6 +48,8 @@ _HOME = {
     "tune": "tuning",
 }
 
+_MODULES = ("embeddings", "models")
+
 __all__ = [
     "CompiledModel",
     "LayerPlan",
@@ -56,10 +60,12 @@ __all__ = [
     "Source",
     "TuneReport",
     "compile",
+    "embeddings",
     "from_onnx",
     "from_pretrained",
     "from_relax",
     "from_torch",
+    "from_word2ket",
     "load",
     "models",
     "profile",
@@ -70,13 +76,13 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: ``--help`` must not wait for TVM."""
-    if name not in _HOME and name != "models":
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'tvmstruct' has no attribute {name!r}")
     from tvmstruct.threads import configure
 
     configure()  # TVM reads its thread variables once, so before anything imports it
-    if name == "models":
-        return importlib.import_module("tvmstruct.models")
+    if name in _MODULES:
+        return importlib.import_module(f"tvmstruct.{name}")
     target = "resolve" if name == "resolve_target" else name
     value = getattr(importlib.import_module(f"tvmstruct.{_HOME[name]}"), target)
     globals()[name] = value

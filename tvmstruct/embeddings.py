@@ -14,12 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from tvmstruct.errors import InputError
-from tvmstruct.families.word2ket_xs import check_factors, word2ket_xs
+from tvmstruct.families.kronecker import kronecker_factors
+from tvmstruct.families.word2ket_xs import check_factors, word2ket_xs, word2ket_xs_factors
+from tvmstruct.fit import Fit, as_weight
 from tvmstruct.ops import Array, Op
 
 EPSILON = 1e-5  # of the LayerNorm at nodes of the tree: PyTorch's default
@@ -30,6 +33,7 @@ class TensorTable:
 
     vocabulary: int
     dimension: int
+    family: ClassVar[str]
 
     @property
     def rank(self) -> int:
@@ -83,6 +87,8 @@ class Word2KetXS(TensorTable):
     vocabulary: int
     dimension: int
 
+    family: ClassVar[str] = "word2ket_xs"
+
     def __post_init__(self) -> None:
         """Check that the factors make a table of at least this size."""
         check_factors(self.factors, self.vocabulary, self.dimension)
@@ -125,6 +131,8 @@ class Word2Ket(TensorTable):
     tensors: Array
     dimension: int
     norm: float | None = None
+
+    family: ClassVar[str] = "word2ket"
 
     def __post_init__(self) -> None:
         """Check that there is a leaf and that a row has at least ``dimension`` features."""
@@ -174,6 +182,29 @@ class Word2Ket(TensorTable):
                 "multiply rows(i) and rows(j)"
             )
         return super().inner(i, j)
+
+
+TABLE_FAMILIES = ("word2ket_xs", "kronecker")
+"""The forms of which single rows can be looked up."""
+
+
+def nearest_table(family: str, w: Array, **parameters: Any) -> tuple[Word2KetXS, Fit]:
+    """Return the table of one of ``TABLE_FAMILIES`` nearest to ``w`` (vocabulary, dimension).
+
+    ``parameters`` are those of the family (``order`` and ``r``; ``r``, ``a`` and ``b``); factors
+    come in the dtype of ``w``, and ``Fit.op`` is the table's ``operator``.
+    """
+    target = as_weight(w)
+    if family == "kronecker":
+        a, b, error = kronecker_factors(target, **parameters)
+        factors = [a, b]
+        found = {"r": len(a), "a": a.shape[1:], "b": b.shape[1:]}
+    else:
+        factors, error = word2ket_xs_factors(target, **parameters)
+        found = {"order": len(factors), "r": len(factors[0])}
+    dtype = np.asarray(w).dtype if np.asarray(w).dtype.char in "fd" else np.dtype(np.float32)
+    table = Word2KetXS(tuple(f.astype(dtype) for f in factors), *target.shape)
+    return table, Fit(table.operator, error, family, found)
 
 
 def _tree(leaves: Sequence[Array], norm: float | None) -> Array:

@@ -45,6 +45,7 @@ class EnergyReport:
     weights: int
     home: str
     shapes: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def traffic(self) -> Traffic:
@@ -70,7 +71,8 @@ class EnergyReport:
         ]
         whole = {"bytes": dict(self.traffic.bytes), **_joules(self.energy)}
         found = {"shapes": self.shapes, "weights": self.weights, "home": self.home}
-        return json.dumps(found | whole | {"rows": rows, "assumptions": self.assumptions}, indent=2)
+        said = {"notes": self.notes, "assumptions": self.assumptions}
+        return json.dumps({**found, **whole, "rows": rows, **said}, indent=2)
 
     def show(self, console: Console | None = None) -> None:
         """Print the table and the assumptions in the terminal."""
@@ -87,7 +89,7 @@ class EnergyReport:
         for row in (*self.rows, EnergyRow("all", sum(r.calls for r in self.rows), self.traffic)):
             table.add_row(*_cells(row))
         console.print(table)
-        for line in self.assumptions:
+        for line in (*self.notes, *self.assumptions):
             console.print(line, markup=False, highlight=False)
 
     def __str__(self) -> str:
@@ -105,14 +107,15 @@ def energy_report(lowered: Lowered, caches: Caches, shapes: str = "") -> EnergyR
     from tvmstruct.profiling.steps import read_steps
 
     steps = read_steps(lowered)
-    weights = sum(m.bytes for step in steps for m in step.moved if m.weight)
+    weights = round(sum(map(_weights, steps)))
     home = caches.holding(weights, split=True)
     found: dict[str, EnergyRow] = {}
     for step in steps:
         row = found.get(step.label, EnergyRow(step.label, 0, Traffic()))
         traffic = row.traffic + step_traffic(step, caches, home)
         found[step.label] = EnergyRow(step.label, row.calls + 1, traffic)
-    return EnergyReport(tuple(found.values()), caches, weights, home, shapes)
+    said = tuple(dict.fromkeys(note for step in steps for note in _notes(step, caches)))
+    return EnergyReport(tuple(found.values()), caches, weights, home, shapes, said)
 
 
 def step_traffic(step: Step, caches: Caches, home: str) -> Traffic:
@@ -121,10 +124,31 @@ def step_traffic(step: Step, caches: Caches, home: str) -> Traffic:
     Weights come from ``home``, where the model's are; rows of a table from where the table is.
     Kernels of ours also load the operands of their products.
     """
+    from tvmstruct.table_traffic import LOOKUPS, lookup_traffic
+
+    if isinstance(step.node, LOOKUPS):
+        return lookup_traffic(step.node, step.rows, caches)
     parts = [at(_level(m, caches, home), m.bytes) for m in step.moved if m.bytes]
     if step.node is not None:
         parts.append(operands(step.flops / 2))
     return add_up(parts)
+
+
+def _notes(step: Step, caches: Caches) -> Iterator[str]:
+    """Yield what there is to say of a call's tables."""
+    from tvmstruct.table_traffic import notes
+
+    if step.node is not None:
+        yield from notes(step.node, caches)
+
+
+def _weights(step: Step) -> float:
+    """Return the bytes of weights that a call reads."""
+    from tvmstruct.table_traffic import LOOKUPS, touched_bytes
+
+    if isinstance(step.node, LOOKUPS):
+        return touched_bytes(step.node, step.rows)
+    return sum(m.bytes for m in step.moved if m.weight)
 
 
 def _level(moved: Moved, caches: Caches, home: str) -> str:

@@ -54,29 +54,53 @@ class Projection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookupSize:
-    """Sizes of a layer: h tables of 2^tau rows x n_out, an element of ``item`` bytes.
+class TableSize:
+    """Sizes of the tables: h of 2^tau rows x n_out, an element of ``item`` bytes.
 
-    ``hidden`` is the inner size of the dense block it replaces, four times n_in if not given.
+    A token takes of each table the rows whose code differs in at most ``flips`` bits from its.
     """
 
-    n_in: int
-    n_out: int
     h: int
     tau: int
-    projection: Projection
+    n_out: int
     item: int = 4
     flips: int = 0
-    hidden: int = 0
 
     def __post_init__(self) -> None:
-        least = min(self.n_in, self.n_out, self.h, self.tau, self.item)
+        least = min(self.n_out, self.h, self.tau, self.item)
         if least < 1 or self.tau > MOST_BITS or not 0 <= self.flips <= self.tau:
             raise InputError(
                 f"lookup: {self.h} tables of 2^{self.tau} rows x {self.n_out} of {self.item} "
                 f"bytes, {self.flips} flips; want sizes of 1 or more, at most {MOST_BITS} bits "
                 "and flips of 0 to tau"
             )
+
+    @property
+    def rows(self) -> int:
+        """Rows that a token takes of all tables."""
+        return self.h * entries(self.tau, self.flips)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all tables."""
+        return self.h * (1 << self.tau) * self.n_out * self.item
+
+    @property
+    def gather_flops(self) -> int:
+        """FLOPs of the weighted sum of rows for a token."""
+        return 2 * self.rows * self.n_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupSize(TableSize):
+    """Sizes of a layer: tables, the projection of ``n_in`` features, and the dense block.
+
+    ``hidden`` is the inner size of the block that it replaces, four times n_in if not given.
+    """
+
+    n_in: int
+    projection: Projection
+    hidden: int = 0
 
     @classmethod
     def of(cls, layer: Lookup, *, item: int = 4, hidden: int = 0) -> LookupSize:
@@ -94,16 +118,6 @@ class LookupSize:
         return self.hidden or 4 * self.n_in
 
     @property
-    def rows(self) -> int:
-        """Rows that a token takes of all tables."""
-        return self.h * entries(self.tau, self.flips)
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of all tables."""
-        return self.h * (1 << self.tau) * self.n_out * self.item
-
-    @property
     def dense_macs(self) -> int:
         """Multiply-adds of the dense block for a token, and the weights it has."""
         return self.inner * (self.n_in + self.n_out)
@@ -112,11 +126,6 @@ class LookupSize:
     def hash_flops(self) -> int:
         """FLOPs of the projection for a token."""
         return self.projection.flops
-
-    @property
-    def gather_flops(self) -> int:
-        """FLOPs of the weighted sum of rows for a token."""
-        return 2 * self.rows * self.n_out
 
     @property
     def flops(self) -> int:
@@ -193,6 +202,16 @@ class LookupCost:
         yield f"energy of {self.tokens} tokens: {self.energy}; dense {self.dense.energy}"
 
 
+def memory_line(size: TableSize, stored: int, dense: int, caches: Caches) -> str:
+    """Return what tables take beside the weights of a dense block, and where they are read."""
+    ratio = stored / dense
+    more = f"{ratio:.1f} times the memory of" if ratio >= 1 else f"{1 / ratio:.1f} times less than"
+    return (
+        f"{size.h} tables of {1 << size.tau} x {size.n_out}: {stored / 1e6:.1f} MB, {more} "
+        f"the dense block's {dense / 1e6:.1f} MB; tables in {caches.holding(size.table_bytes)}"
+    )
+
+
 def lookup_cost(
     size: LookupSize, tokens: int, caches: Caches, walk: Walk | None = None
 ) -> LookupCost:
@@ -200,13 +219,18 @@ def lookup_cost(
     if tokens < 1:
         raise InputError(f"lookup_cost: tokens is {tokens}, want 1 or more")
     walk = walk or Walk()
-    gather = _sliced if walk.order == "table-major" else _row_by_row
     return LookupCost(
         size, tokens, caches, walk,
         _hash(size, tokens, caches),
-        gather(size, tokens, caches, walk),
+        gather_traffic(size, tokens, caches, walk),
         dense_traffic(size, tokens, caches),
     )  # fmt: skip
+
+
+def gather_traffic(size: TableSize, tokens: int, caches: Caches, walk: Walk) -> Traffic:
+    """Return the bytes of the weighted sum of rows: tables, sums, codes and the result."""
+    gather = _sliced if walk.order == "table-major" else _row_by_row
+    return gather(size, tokens, caches, walk)
 
 
 def dense_traffic(size: LookupSize, tokens: int, caches: Caches) -> Traffic:
@@ -243,7 +267,7 @@ def _hash(size: LookupSize, tokens: int, caches: Caches) -> Traffic:
     )
 
 
-def _row_by_row(size: LookupSize, tokens: int, caches: Caches, walk: Walk) -> Traffic:
+def _row_by_row(size: TableSize, tokens: int, caches: Caches, walk: Walk) -> Traffic:
     """Every row comes from wherever it happens to be; sums stay in the first level."""
     read = float(tokens) * size.rows * size.n_out * size.item
     shares = caches.shares(size.table_bytes)
@@ -252,7 +276,7 @@ def _row_by_row(size: LookupSize, tokens: int, caches: Caches, walk: Walk) -> Tr
     return rows + sums + _activation(tokens * size.n_out * FLOAT, caches)
 
 
-def _sliced(size: LookupSize, tokens: int, caches: Caches, walk: Walk) -> Traffic:
+def _sliced(size: TableSize, tokens: int, caches: Caches, walk: Walk) -> Traffic:
     """Rows come from the slice in cache, which is filled once for every chunk of tokens."""
     chunk, columns = min(tokens, walk.chunk), min(walk.columns, size.n_out)
     chunks, slices = -(-tokens // chunk), -(-size.n_out // columns)

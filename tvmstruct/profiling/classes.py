@@ -9,7 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tvmstruct.layers import Attention, FeedForward, Layer, LayerNorm, Node, ProjectedAttention
+from tvmstruct.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Layer,
+    LayerNorm,
+    Node,
+    ProjectedAttention,
+)
 from tvmstruct.profiling.steps import Step
 
 QKV, DOT, SOFTMAX, WEIGHTED = "Q/K/V-Gen", "dot product", "softmax", "weighted sum"
@@ -20,8 +28,10 @@ FUSED: dict[type, str] = {
     ProjectedAttention: "attention + FC (fused)",
     FeedForward: "feed-forward (fused)",
     LayerNorm: NORM,
+    Embedding: "embedding (fused)",
 }
 ORDER = (
+    FUSED[Embedding],
     *(QKV, DOT, SOFTMAX, WEIGHTED, FUSED[Attention], FC, FUSED[ProjectedAttention]),
     *(LINEAR_1, ACTIVATION, LINEAR_2, FUSED[FeedForward], NORM),
 )

@@ -20,7 +20,7 @@ from tvmstruct.schedules.registry import WORK
 if TYPE_CHECKING:
     from tvmstruct.pipeline import Lowered
 
-GATHERS = frozenset({"take", "gather"})
+GATHERS = frozenset({"take", "gather", "embedding"})
 SOFTMAX_FLOPS = 5  # of an element: maximum, difference, exponential, sum, quotient
 SIZES = {"bfloat16": 2, "bool": 1}  # bytes of the dtypes that numpy has no or another size for
 
@@ -38,8 +38,9 @@ class Moved:
 class Step:
     """One kernel call: ``reads[i]`` is the step that made argument i, None for input or weight.
 
-    ``flops`` and ``bytes`` are those of the call, ``moved`` says of which arguments; ``node`` is
-    None for a generic kernel, which stands for operators that no kernel of ours knows.
+    ``flops`` and ``bytes`` are those of the call, ``moved`` says of which arguments; ``rows`` are
+    those of its first output. ``node`` is None for a generic kernel, which stands for operators
+    that no kernel of ours knows.
     """
 
     symbol: str
@@ -49,6 +50,7 @@ class Step:
     flops: float
     bytes: int
     moved: tuple[Moved, ...] = ()
+    rows: int = 0
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -100,7 +102,8 @@ def read_steps(lowered: Lowered) -> list[Step]:
         ]
         moved.append(Moved(written, written))
         total = sum(m.bytes for m in moved)
-        steps.append(Step(symbol, node, reads, len(outputs), flops, total, tuple(moved)))
+        rows = outputs[0][0][0] if outputs[0][0] else 1
+        steps.append(Step(symbol, node, reads, len(outputs), flops, total, tuple(moved), rows))
     return steps
 
 
