@@ -31,6 +31,8 @@ def test_rows_come_from_where_their_table_is():
     assert moved[L2] == 4 * TOKENS * 3 * (4 + 5)  # leaves of three terms
     assert moved[L1] == 2 * 4 * TOKENS * N  # the repeated rows, and the result
     assert moved[MEMORY] == 0
+    far = lookup_traffic(embedding(), TOKENS, CACHES, home=L3)
+    assert (far[L3], far[L2]) == (4 * TOKENS * (2 * N + 3 * 9), 0)  # all but the result
 
 
 def test_no_more_of_a_table_is_touched_than_there_is():

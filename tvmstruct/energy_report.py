@@ -127,7 +127,7 @@ def step_traffic(step: Step, caches: Caches, home: str) -> Traffic:
     from tvmstruct.table_traffic import LOOKUPS, lookup_traffic
 
     if isinstance(step.node, LOOKUPS):
-        return lookup_traffic(step.node, step.rows, caches)
+        return lookup_traffic(step.node, step.rows, caches, home)
     parts = [at(_level(m, caches, home), m.bytes) for m in step.moved if m.bytes]
     if step.node is not None:
         parts.append(operands(step.flops / 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tvmstruct.caches import Caches
+from tvmstruct.caches import L1, LEVELS, Caches
 from tvmstruct.energy import Traffic, add_up, at
 from tvmstruct.layers import Embedding, HashTables, Node
 from tvmstruct.lookup_cost import (
@@ -22,13 +22,16 @@ LOOKUPS = (HashTables, Embedding)
 DENSE_FACTOR = 4  # hidden features of the dense block that tables are compared with
 
 
-def lookup_traffic(node: Node, rows: int, caches: Caches) -> Traffic:
-    """Return the bytes of a node of `LOOKUPS` on ``rows`` tokens."""
+def lookup_traffic(node: Node, rows: int, caches: Caches, home: str = L1) -> Traffic:
+    """Return the bytes of a node of `LOOKUPS` on ``rows`` tokens.
+
+    Embeddings are read once a call, so from no nearer level than ``home``, where all weights are.
+    """
     if isinstance(node, HashTables):
         return gather_traffic(table_size(node), rows, caches, _walk(node))
     assert isinstance(node, Embedding), node
     n = node.total.n
-    parts = [_term(term, n, rows, caches) for term in node.total.terms]
+    parts = [_term(term, n, rows, caches, home) for term in node.total.terms]
     return add_up([*parts, at(caches.holding(rows * n * FLOAT, split=True), rows * n * FLOAT)])
 
 
@@ -73,8 +76,9 @@ def _walk(node: HashTables) -> Walk:
     return Walk(columns=max(1, line // size.item))
 
 
-def _term(term: Rows | Tensors, n: int, rows: int, caches: Caches) -> Traffic:
-    return at(caches.holding(_held(term, n)), _read(term, n, rows))
+def _term(term: Rows | Tensors, n: int, rows: int, caches: Caches, home: str) -> Traffic:
+    level = max(home, caches.holding(_held(term, n)), key=LEVELS.index)
+    return at(level, _read(term, n, rows))
 
 
 def _held(term: Rows | Tensors, n: int) -> int:

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm.s_tir.analysis import estimate_tir_flops
 
 from tvmstruct import compat
-from tvmstruct.layers import Layer, Node
+from tvmstruct.layers import Embedding, HashTables, Layer, Node
 from tvmstruct.schedules.registry import WORK
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ class Step:
 
     @property
     def label(self) -> str:
-        """Name of the call for people: its layers, or its symbol."""
-        return " + ".join(self.node.names) if isinstance(self.node, Layer) else self.symbol
+        """Name of the call for people: its layers or tables, or its symbol."""
+        if isinstance(self.node, Layer | HashTables | Embedding):
+            return " + ".join(filter(None, self.node.names))
+        return self.symbol
 
 
 def read_steps(lowered: Lowered) -> list[Step]:
