@@ -29,8 +29,10 @@ from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
 from tvmstruct.passes.plan_embedding import PlanEmbedding
 from tvmstruct.passes.project_attention import ProjectAttention
+from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
+from tvmstruct.passes.recognize_word2ket import RecognizeWord2Ket
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
@@ -111,6 +113,8 @@ def _find_layers(
     yield ClipGathers()
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
+    yield RecognizeKronecker(table, session.forms)
+    yield RecognizeWord2Ket(table, session.tables, names)
     yield PlanEmbedding(table, session.tables, session.plan, names)
     yield ApplyPlan(table, session.forms, session.plan, session.tables)
     yield RecoverStructure(table, session.forms, stored)
