@@ -50,6 +50,17 @@ NODES: dict[str, Op] = {
     "diagonal": Diag(normal(6)),
     "hadamard": WalshHadamard(8),
     "hadamard, scaled and repeated": WalshHadamard(4, scale=0.3, blocks=3),
+    "hadamard of runs": WalshHadamard(8, scale=-0.5, blocks=2, inner=3),
+    "hadamard of many neighbours": WalshHadamard(64, blocks=2),
+    "hadamard beside blocks": BlockDiag(normal(4, 3, 6))
+    @ WalshHadamard(8, 0.5, 3)
+    @ Diag(normal(24)),
+    "hadamard between blocks": BlockDiag(normal(4, 3, 4))
+    @ WalshHadamard(16)
+    @ BlockDiag(normal(2, 8, 5)),
+    "hadamard, permuted": (WalshHadamard(4, 0.5, 2, 6) @ Permute((2, 4, 3, 2), (2, 0, 1, 3)))
+    + Diag(normal(48)),
+    "features repeated": scaling(6, 0.3) @ (Pad(6, 18) + Pad(6, 18, 6) + Pad(6, 18, 12)),
     "scaling": scaling(5, -0.7),
     "slice": Slice(9, 4),
     "slice from the middle": Slice(9, 7, 2),

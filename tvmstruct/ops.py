@@ -230,18 +230,19 @@ class Diag(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WalshHadamard(Op):
-    """``I_blocks (x) scale H_n`` with Sylvester's ``H_2n = [[H, H], [H, -H]]``, ``H_1 = [1]``.
+    """``I_blocks (x) scale H_n (x) I_inner``; Sylvester's ``H_2n = [[H, H], [H, -H]]``, H_1 = 1.
 
-    It stores nothing and costs ``blocks * n * log2(n)`` ``adds`` and no ``macs``; the scale
-    is a constant that folds into a neighbour.  ``n = 1`` is multiplication by ``scale``.
+    It stores nothing and costs ``n_in * log2(n)`` ``adds`` and no ``macs``; the scale is a
+    constant that folds into a neighbour.  ``n = 1`` is multiplication by ``scale``.
     """
 
     n: int
     scale: float = 1.0
     blocks: int = 1
+    inner: int = 1
 
     def __post_init__(self) -> None:
-        _check_sizes("WalshHadamard", n=self.n, blocks=self.blocks)
+        _check_sizes("WalshHadamard", n=self.n, blocks=self.blocks, inner=self.inner)
         if self.n & (self.n - 1):
             raise ValueError(
                 f"WalshHadamard: n={self.n} is not a power of two; "
@@ -252,22 +253,23 @@ class WalshHadamard(Op):
 
     @property
     def n_in(self) -> int:
-        return self.n * self.blocks
+        return self.n * self.blocks * self.inner
 
     @property
     def n_out(self) -> int:
-        return self.n * self.blocks
+        return self.n_in
 
     @property
     def adds(self) -> int:
-        return self.blocks * self.n * (self.n.bit_length() - 1)
+        return self.n_in * (self.n.bit_length() - 1)
 
     def apply(self, x: Array) -> Array:
-        """Return the scaled transform of every block of ``n`` features."""
+        """Return the scaled transform over the middle axis of ``blocks x n x inner`` features."""
         _check_input(self, x)
         y = x * float(self.scale)
         for level in range(self.n.bit_length() - 1):
-            pairs = y.reshape(y.size >> (level + 1), 2, 1 << level)
+            half = self.inner << level
+            pairs = y.reshape(y.size // (2 * half), 2, half)
             a, b = pairs[:, 0], pairs[:, 1]
             y = np.stack((a + b, a - b), axis=1)
         return y.reshape(x.shape)
@@ -529,8 +531,9 @@ def describe(op: Op) -> str:
             return f"Slice({start}:{stop} of {width})"
         case Pad(size, width, start):
             return f"Pad({size} at {start} of {width})"
-        case WalshHadamard(n, scale, blocks):
-            return f"WalshHadamard({n} x{blocks}, scale {scale:g})"
+        case WalshHadamard(n, scale, blocks, inner):
+            within = f" of {inner}" if inner > 1 else ""
+            return f"WalshHadamard({n}{within} x{blocks}, scale {scale:g})"
         case _:
             return f"{_name(op)}({op.n_in}x{op.n_out})"
 

@@ -7,7 +7,9 @@ feature buffers. Permutations, slices and paddings at the end of a buffer cost n
 * `MatMul`: ``dst[g, q] = sum_p src[g, p] * w[g, p, q]``, vectorised over q or over g, reading
   through any view whose groups are one stride and whose p are at most two;
 * `Copy`: a strided copy, with an optional elementwise weight, where no view can serve;
-* `Hadamard`: butterflies in place.
+* `Hadamard`: butterflies between vectors, in place where nothing else reads the features.
+
+Constants are folded into weights first (`folding`).
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from functools import singledispatchmethod
 import numpy as np
 
 from tvmstruct import ops
+from tvmstruct.folding import fold, hadamard
 
 X, Y = 0, 1  # buffers of every program; scratch buffers follow
 Dim = tuple[int, int]  # extent, stride
+NEIGHBOURS = 16  # features side by side that one product transforms: a vector of the widest
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,27 @@ class Copy:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """In-place butterflies on ``blocks`` of ``n`` contiguous features, then times ``scale``."""
+    """``dst[.., i, ..] (+)= scale * sum_j H[i, j] src[.., j, ..]`` along an axis of ``n`` features.
 
+    ``axis`` holds its strides in src and dst, ``loops`` extent and strides of the other axes;
+    src may be overwritten where ``owned``.
+    """
+
+    src: int
     dst: int
     n: int
-    blocks: int
+    axis: tuple[int, int]
+    loops: tuple[tuple[int, int, int], ...]
     scale: float
+    owned: bool
+    src_offset: int = 0
+    accumulate: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the features stay where they are."""
+        strides = (self.axis, *((src, dst) for _, src, dst in self.loops))
+        return self.src == self.dst and all(src == dst for src, dst in strides)
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class Program:
 def lower(op: ops.Op, lanes: int, dtype: str = "float32", *, paired: bool = False) -> Program:
     """Return the program that computes ``x @ op`` with vectors of at most ``lanes``."""
     lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype), paired)
-    value = lowering.visit(op, Value(X, ((op.n_in, 1),)))
+    value = lowering.visit(fold(op), Value(X, ((op.n_in, 1),)))
     lowering.store(value, Y, accumulate=False)
     return lowering.program
 
@@ -214,6 +233,7 @@ def separable(a: MatMul, b: MatMul) -> bool:
 class _Lowering:
     def __init__(self, program: Program, lanes: int, dtype: np.dtype, paired: bool) -> None:
         self.program, self.lanes, self.dtype, self.paired = program, lanes, dtype, paired
+        self.shared = [X, Y]  # buffers that more than one term of a sum reads
 
     def new_buffer(self, size: int) -> int:
         self.program.sizes.append(size)
@@ -246,9 +266,39 @@ class _Lowering:
             only = self.program.stages[writers[0]]
             self.program.stages[writers[0]] = replace(only, dst=dst, accumulate=True)
             self.program.sizes[value.buffer] = 0
+        elif (stage := self._written_elsewhere(value, dst, accumulate=accumulate)) is not None:
+            self.program.stages[-1] = stage
         else:
             dims = merge(value.dims)
             self.emit(Copy(value.buffer, dst, dims, value.offset, 0, accumulate=accumulate))
+
+    def _written_elsewhere(self, value: Value, dst: int, *, accumulate: bool) -> Hadamard | None:
+        """Return the transform that ends in ``value``, writing to ``dst`` instead, if it can."""
+        last = self.program.stages[-1] if self.program.stages else None
+        if not isinstance(last, Hadamard) or last.dst != value.buffer or value.offset:
+            return None
+        if value.size != last.n * math.prod(extent for extent, _, _ in last.loops):
+            return None
+        if not last.in_place:  # one pass only: the passes before the last would be in dst
+            single = last.n == 1 and value.contiguous
+            return replace(last, dst=dst, accumulate=accumulate) if single else None
+        stride, span = last.axis[0], last.n * last.axis[0]
+        loops, target, found = [], value.size, None
+        for extent, step in merge(value.dims):
+            target //= extent  # features of dst that a step along this dimension passes
+            if step <= stride and span <= step * extent:
+                if stride % step or step * extent % span:
+                    return None
+                inner = stride // step
+                found = (stride, target * inner)
+                loops += [(extent * step // span, span, target * inner * last.n)]
+                loops += [(inner, step, target)]
+            else:
+                loops.append((extent, step, target))
+        if found is None:
+            return None
+        kept = tuple(loop for loop in loops if loop[0] > 1)
+        return replace(last, dst=dst, axis=found, loops=kept, accumulate=accumulate)
 
     def _rename(self, old: int, new: int) -> None:
         for i, stage in enumerate(self.program.stages):
@@ -272,8 +322,10 @@ class _Lowering:
     @visit.register
     def _(self, op: ops.Sum, x: Value) -> Value:
         dst = self.new_buffer(op.n_out)
+        self.shared.append(x.buffer)
         for i, term in enumerate(op.terms):
             self.store(self.visit(term, x), dst, accumulate=i > 0, keep=x.buffer)
+        self.shared.pop()
         return Value(dst, ((op.n_out, 1),))
 
     @visit.register
@@ -311,9 +363,50 @@ class _Lowering:
 
     @visit.register
     def _(self, op: ops.WalshHadamard, x: Value) -> Value:
-        x = self.materialise(x)
-        self.emit(Hadamard(x.buffer, op.n, op.blocks, op.scale))
-        return x
+        if op.inner == 1 and op.n > 1:
+            return self._transform_neighbours(op, x)
+        parts = split(x.dims, (op.blocks, op.n, op.inner))
+        if parts is None or len(parts[1]) > 1:
+            x = self.materialise(x)
+            parts = split(x.dims, (op.blocks, op.n, op.inner))
+            assert parts is not None
+        blocks, axis, inner = parts
+        owned = x.buffer not in self.shared
+        to = x if owned else Value(self.new_buffer(op.n_out), ((op.n_out, 1),))
+        stride = axis[0][1] if axis else 0
+        strides = [s for _, s in (*blocks, *inner)] if owned else self._strides(blocks, op, inner)
+        loops = tuple(
+            (extent, src, dst)
+            for (extent, src), dst in zip((*blocks, *inner), strides, strict=True)
+        )
+        self.emit(
+            Hadamard(
+                x.buffer, to.buffer, op.n, (stride, stride if owned else op.inner), loops,
+                op.scale, owned, x.offset,
+            )
+        )  # fmt: skip
+        return to
+
+    def _strides(
+        self, blocks: tuple[Dim, ...], op: ops.WalshHadamard, inner: tuple[Dim, ...]
+    ) -> list[int]:
+        """Return how far a step along each loop of a transform goes in features laid in order."""
+        strides, place = [], 1
+        for extent, _ in reversed(inner):
+            strides.append(place)
+            place *= extent
+        place = op.n * op.inner
+        for extent, _ in reversed(blocks):
+            strides.append(place)
+            place *= extent
+        return strides[::-1]
+
+    def _transform_neighbours(self, op: ops.WalshHadamard, x: Value) -> Value:
+        """Transform features that lie side by side: a product with a small matrix, then vectors."""
+        t = min(op.n, NEIGHBOURS)
+        blocks = op.n_in // t
+        x = self.visit(ops.SharedBlockDiag(hadamard(t) * op.scale, blocks), x)
+        return x if t == op.n else self.visit(replace(op, n=op.n // t, scale=1.0, inner=t), x)
 
     @visit.register
     def _(self, op: ops.Dense, x: Value) -> Value:

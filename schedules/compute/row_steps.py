@@ -6,7 +6,7 @@ epilogue. No schedule touches them: they are vectors already.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -129,29 +129,48 @@ class RowSteps:
                 self.save(s.dst, row, s.start + start + i * lanes, zero, lanes)
 
     def _hadamard(self, s: Hadamard) -> None:
-        half = 1
-        while half < s.n:
-            self._butterflies(s, half)
-            half *= 2
-        if s.scale != 1.0 or s.n == 1:
-            for start, count, lanes in self._runs(s.n * s.blocks):
-                with loops(self.height, count) as (row, i):
-                    at = start + i * lanes
-                    value = self.load(s.dst, row, at, lanes) * _splat(s.scale, lanes)
-                    self.save(s.dst, row, at, value, lanes)
+        """Transform in a few passes, each of up to `radix` features in registers.
 
-    def _butterflies(self, s: Hadamard, half: int) -> None:
-        lanes = next(v for v in (self.lanes, 8, 4, 2, 1) if half % v == 0)
-        pairs, steps = s.n * s.blocks // (2 * half), half // lanes
-        with loops(self.height, pairs, steps) as (row, pair, i):
-            low = pair * (2 * half) + i * lanes
-            both = T.alloc_buffer((2 * lanes,), "float32", scope="global")
-            for part in (0, 1):
-                value = self.load(s.dst, row, low + part * half, lanes)
-                T.buffer_store(both, value, list(_vector((part * lanes,), lanes)))
-            a, b = (both[_vector((part * lanes,), lanes)] for part in (0, 1))
-            self.save(s.dst, row, low, a + b, lanes)
-            self.save(s.dst, row, low + half, a - b, lanes)
+        All passes but the last stay in src if that is allowed, else in dst.
+        """
+        radix = 16 if self.lanes == 16 else 8  # of 32 or 16 registers
+        done = 1
+        while True:
+            step = min(radix, s.n // done)
+            if done * step == s.n:
+                stage = s if s.owned or done == 1 else replace(_within(s, s.dst), scale=s.scale)
+                self._butterflies(stage, done, step)
+                return
+            at = s.src if s.owned else s.dst
+            stage = _within(s, at) if s.owned or done > 1 else replace(s, scale=1.0)
+            self._butterflies(stage, done, step)
+            done *= step
+
+    def _butterflies(self, s: Hadamard, done: int, radix: int) -> None:
+        """Transform ``radix`` features that lie ``done`` apart along the axis."""
+        src, dst = s.axis
+        rest = s.n // (done * radix)
+        *outer, (extent, from_step, to_step) = s.loops or ((1, 1, 1),)
+        run = from_step == to_step == 1
+        lanes = next(v for v in (self.lanes, 8, 4, 2, 1) if extent % v == 0) if run else 1
+        lanes = min(lanes, self.lanes)
+        outer = [(rest, done * radix * src, done * radix * dst), (done, src, dst), *outer]
+        outer = [loop for loop in outer if loop[0] > 1]
+        with loops(self.height, *(e for e, _, _ in outer), extent // lanes) as (row, *at, i):
+            steps = list(zip(at, outer, strict=True))
+            base = s.src_offset + i * (lanes * from_step) + sum(v * f for v, (_, f, _) in steps)
+            to = i * (lanes * to_step) + sum(v * t for v, (_, _, t) in steps)
+            loads = (self.load(s.src, row, base + j * (done * src), lanes) for j in range(radix))
+            values = [_kept(_keep(value, lanes), lanes) for value in loads]
+            for j, value in enumerate(_transformed(values, lanes)):
+                if s.scale != 1.0:
+                    value = value * _splat(s.scale, lanes)
+                place = to + j * (done * dst)
+                if s.in_place:
+                    place = place + s.src_offset
+                if s.accumulate:
+                    value = value + self.load(s.dst, row, place, lanes)
+                self.save(s.dst, row, place, value, lanes)
 
     def _runs(self, n: int) -> list[tuple[int, int, int]]:
         """Cut n features into (start, vectors, lanes) runs with ever fewer lanes."""
@@ -211,12 +230,37 @@ def transposed(rows: list, lanes: int) -> list:
 def _keep(value, lanes: int):
     """Hold a vector in a buffer of its own, so that two uses of it compute it once."""
     held = T.alloc_buffer((lanes,), "float32", scope="global")
-    T.buffer_store(held, value, [T.ramp(0, 1, lanes)])
+    T.buffer_store(held, value, list(_vector((0,), lanes)))
     return held
 
 
 def _kept(held, lanes: int):
-    return held[T.ramp(0, 1, lanes)]
+    return held[_vector((0,), lanes)]
+
+
+def _within(s: Hadamard, buffer: int) -> Hadamard:
+    """Return the transform in place in one of its two buffers, unscaled."""
+    at = 0 if buffer == s.src else 1
+    loops = tuple((loop[0], loop[1 + at], loop[1 + at]) for loop in s.loops)
+    offset = s.src_offset if at == 0 else 0
+    axis = (s.axis[at], s.axis[at])
+    return replace(
+        s, src=buffer, dst=buffer, axis=axis, loops=loops, src_offset=offset, scale=1.0,
+        accumulate=False,
+    )  # fmt: skip
+
+
+def _transformed(values: list, lanes: int) -> list:
+    """Return the Hadamard transform of vectors, which are loads: each is used twice."""
+    half, count = 1, len(values)
+    while half < count:
+        out = list(values)
+        for low in (i for i in range(count) if not i & half):
+            a, b = values[low], values[low + half]
+            out[low], out[low + half] = a + b, a - b
+        half *= 2
+        values = out if half == count else [_kept(_keep(v, lanes), lanes) for v in out]
+    return values
 
 
 def _vector(index: tuple, lanes: int) -> tuple:

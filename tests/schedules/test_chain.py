@@ -14,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from tests.catalogue import EXPRESSIONS, NODES, RAGGED, normal
 from tests.kernels import build, call, every_isa, extras, finish
 from tvmstruct import families, ops
+from tvmstruct.folding import fold
 from tvmstruct.schedules.builder import argument, prim_func
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.compute.low_precision import pair_vectors, round_bf16
@@ -71,7 +72,9 @@ def compare(function, op, program, rows: int, rng, epilogue=PLAIN) -> None:
     more = extras(epilogue, bias, residual)
     weights = [stored(program, i) for i in range(len(program.weights))]
     if program.pairs:
-        op = ops.map_arrays(op, lambda w: w if w.ndim == 1 else round_bf16(w).astype(np.float32))
+        op = ops.map_arrays(
+            fold(op), lambda w: w if w.ndim == 1 else round_bf16(w).astype(np.float32)
+        )
     found = call(function, [x, *weights, *more], rows, op.n_out)
     want = finish(op.apply(x.astype(np.float64)), epilogue, bias, residual)
     bound = tolerance("float32", max(op.n_in, 4 * op.n_out), scale=scale_of(op, x))

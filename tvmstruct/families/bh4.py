@@ -32,18 +32,25 @@ def bh4(w: Array, n_in: int, n_out: int, *, decay: float = DECAY) -> Op:
     """Return ``y = decay bh4(x) + (1 - decay) repeat(x)``, cropped to ``n_out``.
 
     ``w`` has shape (repeats, 4, blocks, b, b) with the code's axes (output, input) last.
-    All repeats run as one chain: the first factor fans out to ``repeats b`` per block.
+    All repeats run as one chain: the first factor fans out to ``repeats b`` per block, and
+    features lie in the order (block, repeat, b) until the end. There the transform is that over
+    the blocks times that within them: ``H_width = H_blocks (x) H_b``.
     """
     repeats, pairs, blocks, b, _ = w.shape
     width = blocks * b
     _check_shape(w, n_in, n_out)
-    rows = w.swapaxes(-1, -2)  # row form: (..., input, output)
-    fan = np.ascontiguousarray(rows[:, 0].transpose(1, 2, 0, 3)).reshape(blocks, b, repeats * b)
-    chain: list[Op] = [BlockDiag(fan), Permute((blocks, repeats, b), (1, 0, 2))]
+    rows = w.swapaxes(-1, -2).transpose(1, 2, 0, 3, 4)  # (pair, block, repeat, input, output)
+    fan = np.ascontiguousarray(rows[0].swapaxes(1, 2)).reshape(blocks, b, repeats * b)
+    within = _hadamards(b, blocks * repeats)
+    across = _hadamards(blocks, 1, inner=repeats * b)
+    chain: list[Op] = [BlockDiag(fan)]
     for pair in range(1, pairs):
-        stacked = np.ascontiguousarray(rows[:, pair]).reshape(repeats * blocks, b, b)
-        chain += [WalshHadamard(width, blocks=repeats), BlockDiag(stacked)]
-    chain.append(WalshHadamard(width, scale=decay, blocks=repeats))
+        stacked = np.ascontiguousarray(rows[pair]).reshape(blocks * repeats, b, b)
+        chain += [*across, *within, BlockDiag(stacked)]
+    chain += [*within, *across]
+    if repeats > 1:
+        chain.append(Permute((blocks, repeats, b), (1, 0, 2)))
+    chain.append(scaling(width * repeats, decay))
     total = add(product(*chain), *_residual(width, repeats, decay))
     return product(*pad(n_in, width), total, *crop(width * repeats, n_out))
 
@@ -94,6 +101,10 @@ def _fit_repeat(blocks: Array, target: Array, decay: float, sweeps: int) -> Arra
     found = fit(bh4(blocks, n_in, n_out, decay=decay), target, sweeps=sweeps).op
     fitted = np.stack([a.reshape(blocks.shape[2:]) for a in found.arrays()])
     return fitted.swapaxes(-1, -2)[None]
+
+
+def _hadamards(n: int, blocks: int, inner: int = 1) -> list[Op]:
+    return [WalshHadamard(n, blocks=blocks, inner=inner)] if n > 1 else []
 
 
 def _residual(width: int, repeats: int, decay: float) -> list[Op]:
