@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -32,8 +32,10 @@ Chains = dict[relax.Var, Linear]  # by root, the longest first
 class ChainReader:
     """Reads the chains that each variable ends, in the order of the graph."""
 
-    def __init__(self, graph: Graph, names: Mapping[int, str]) -> None:
-        self.graph, self.names = graph, names
+    def __init__(
+        self, graph: Graph, names: Mapping[int, str], stops: Collection[relax.Var] = ()
+    ) -> None:
+        self.graph, self.names, self.stops = graph, names, stops
         self.chains: dict[relax.Var, Chains] = {}
 
     def read(self, var: relax.Var, value: relax.Expr) -> Chains:
@@ -63,13 +65,15 @@ class ChainReader:
         return self._product(value) if name == "relax.matmul" else {}
 
     def of(self, expr: relax.Expr, *roots: relax.Var) -> Chains:
-        """Return the chains to an operand; it is a root itself where others read it too."""
+        """Return the chains to an operand; it is a root itself where chains have to stop."""
         if not isinstance(expr, relax.Var):
             return {}
         found = dict(self.chains.get(expr, {}))
-        if not found or self.graph.uses[expr] > 1 or expr in roots:
-            if (own := linear.start(expr, next(iter(found.values()), None))) is not None:
-                found[expr] = own
+        if expr in self.stops:
+            own = linear.start(expr, next(iter(found.values()), None))
+            return {} if own is None else {expr: own}
+        if (not found or expr in roots) and (own := linear.start(expr)) is not None:
+            found[expr] = own
         return found
 
     def _each(self, source: relax.Expr, step: Callable[[Linear], Linear | str | None]) -> Chains:

@@ -11,12 +11,14 @@ structured factor and costs less than the dense matrix that it equals.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tvm import relax
 
 from tvmstruct import compat, ops
+from tvmstruct.known_forms import known_form
 from tvmstruct.layers import Form, Layer, LayerTable
 from tvmstruct.passes import linear
 from tvmstruct.passes.chain_reader import ChainReader, Chains
@@ -25,6 +27,7 @@ from tvmstruct.rewrite import Graph, Reject, operands
 from tvmstruct.simplify import chain, simplify
 
 R = relax.op
+Found = dict[relax.Expr, Linear | Reject]
 
 
 class RecognizeOperator:
@@ -35,7 +38,7 @@ class RecognizeOperator:
     def __init__(self, table: LayerTable, forms: dict[str, Form], names: Mapping[int, str]) -> None:
         self.table, self.forms, self.names = table, forms, names
         self.graph: Graph | None = None
-        self.found: dict[relax.Expr, Linear | Reject] = {}
+        self.found: Found = {}
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the layer that a call is the last step of, or why its chain is none."""
@@ -55,22 +58,10 @@ class RecognizeOperator:
         key = "+".join(found.names)
         if key not in self.forms:
             op = simplify(chain(found.n_in, found.factors))
-            form, parameters = describe_form(op)
+            known = known_form(op)
             why = "as the graph computes it"
-            self.forms[key] = Form(op, form, parameters, reason=why)
+            self.forms[key] = Form(known.op, known.name, known.parameters, reason=why)
         return self.forms[key].op
-
-
-def describe_form(op: ops.Op) -> tuple[str, dict[str, object]]:
-    """Return the name of an operator's form in the report: BH4 and the like, or "operator"."""
-    nodes = list(_nodes(op))
-    blocks = [n for n in nodes if isinstance(n, ops.BlockDiag)]
-    mixers = [n for n in nodes if isinstance(n, ops.WalshHadamard) and n.n > 1]
-    if blocks and len(blocks) == len(mixers):
-        return f"bh{len(blocks)}", {"b": blocks[0].w.shape[1]}
-    if not blocks and any(isinstance(n, ops.SharedBlockDiag) for n in nodes):
-        return "kronecker", {}
-    return "operator", {}
 
 
 def _nodes(op: ops.Op) -> Iterator[ops.Op]:
@@ -85,25 +76,41 @@ def _rows(x: Linear) -> int:
     return math.prod(compat.static_shape(x.root) or ()) // x.n_in
 
 
-def find_chains(graph: Graph, names: Mapping[int, str]) -> dict[relax.Expr, Linear | Reject]:
+def find_chains(graph: Graph, names: Mapping[int, str]) -> Found:
     """Return the chains of a graph by the call that ends each."""
-    reader = ChainReader(graph, names)
-    chains = {var: reader.read(var, value) for var, value in graph.bound.items()}
-    found: dict[relax.Expr, Linear | Reject] = {}
+    stops: set[relax.Var] = set()
+    while True:  # a value on the way that something else reads ends a chain and begins the next
+        reader = ChainReader(graph, names, stops)
+        chains = {var: reader.read(var, value) for var, value in graph.bound.items()}
+        found, more = _end_chains(graph, chains)
+        if not more - stops:
+            return _rename(found)
+        stops |= more
+
+
+def _end_chains(graph: Graph, chains: Mapping[relax.Var, Chains]) -> tuple[Found, set[relax.Var]]:
+    """Return what ends at each call, from the last on, and where chains have to be cut."""
+    found: Found = {}
     covered: set[relax.Var] = set()
+    cuts: set[relax.Var] = set()
     for var, value in reversed(list(graph.bound.items())):
         if var in covered or not isinstance(value, relax.Call):
             continue
-        if (chosen := _choose(graph, var, chains[var])) is not None:
-            taken, why = chosen
-            found[value] = (
-                Reject(taken.names[0] if taken.names else "operator", why) if why else taken
-            )
-            covered |= taken.inside
-    return _rename(found)
+        for x in chains[var].values():
+            if not _structured(x.factors) or (done := linear.settled(x, _rows(x))) is None:
+                continue
+            covered |= x.inside
+            if shared := _read_elsewhere(graph, var, x):
+                cuts |= shared
+                break
+            name = x.names[0] if x.names else "operator"
+            why = _too_much(done)
+            found[value] = Reject(name, why) if why else done
+            break
+    return found, cuts
 
 
-def _rename(found: dict[relax.Expr, Linear | Reject]) -> dict[relax.Expr, Linear | Reject]:
+def _rename(found: Found) -> Found:
     """Number chains of the same weights, such as slices of one stored tensor."""
     count: dict[tuple[str, ...], int] = {}
     for call, item in reversed(list(found.items())):
@@ -115,29 +122,11 @@ def _rename(found: dict[relax.Expr, Linear | Reject]) -> dict[relax.Expr, Linear
     return found
 
 
-def _choose(graph: Graph, var: relax.Var, chains: Chains) -> tuple[Linear, str] | None:
-    """Return the longest chain to a variable that nothing else reads the middle of.
-
-    With it comes why it must stay as it is, or an empty string.
-    """
-    refused = None
-    for x in chains.values():
-        if not _structured(x.factors) or not _closed(graph, var, x):
-            continue
-        done = linear.settled(x, _rows(x))
-        if done is None:
-            continue
-        cost, dense = _cost(done), done.n_in * done.width
-        if cost < dense:
-            return done, ""
-        why = f"{cost} multiply-adds and additions a row, dense has {dense}"
-        refused = refused or (done, why)
-    return refused
-
-
-def _cost(x: Linear) -> int:
+def _too_much(x: Linear) -> str:
+    """Return why a chain stays as it is, or an empty string."""
     op = simplify(chain(x.n_in, x.factors))
-    return op.macs + op.adds
+    cost, dense = op.macs + op.adds, x.n_in * x.width
+    return "" if cost < dense else f"{cost} multiply-adds and additions a row, dense has {dense}"
 
 
 def _structured(factors: tuple[ops.Op, ...]) -> bool:
@@ -156,17 +145,15 @@ def _structured(factors: tuple[ops.Op, ...]) -> bool:
 
 
 def _has_butterflies(factors: tuple[ops.Op, ...]) -> bool:
-    sums = [f for f in factors if isinstance(f, ops.Sum) and f.n_in == f.n_out]
-    if not sums:
+    if not any(isinstance(f, ops.Sum) for f in factors):
         return False
     op = simplify(chain(factors[0].n_in, factors))
     return any(isinstance(n, ops.WalshHadamard) and n.n > 1 for n in _nodes(op))
 
 
-def _closed(graph: Graph, var: relax.Var, x: Linear) -> bool:
-    """Return whether all readers of what is computed on the way are on the way too."""
-    readers: dict[relax.Var, int] = {}
+def _read_elsewhere(graph: Graph, var: relax.Var, x: Linear) -> set[relax.Var]:
+    """Return the variables on the way that have readers which are not on it."""
+    readers: Counter[relax.Var] = Counter()
     for reader in (var, *x.inside):
-        for read in operands(graph.bound[reader]):
-            readers[read] = readers.get(read, 0) + 1
-    return all(graph.uses[v] == readers.get(v, 0) for v in x.inside)
+        readers.update(operands(graph.bound[reader]))
+    return {v for v in x.inside if graph.uses[v] != readers[v]}

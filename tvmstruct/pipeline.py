@@ -28,6 +28,7 @@ from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
+from tvmstruct.passes.recognize_operator import RecognizeOperator
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
@@ -106,6 +107,7 @@ def _find_layers(
     table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
 ) -> Iterator[Rule]:
     yield ClipGathers()
+    yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
     yield ApplyPlan(table, session.forms, session.plan)

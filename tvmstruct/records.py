@@ -28,6 +28,7 @@ REFUSALS = (
     "fuse_attention",
     "fuse_layer_norm",
     "minimise_attention",
+    "recognize_operator",
     "split_feed_forward",
 )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -87,7 +88,7 @@ def _is_identity(op: Op) -> bool:
         case Permute(dims, axes):
             moved = [a for a in axes if dims[a] != 1]
             return moved == sorted(moved)
-        case WalshHadamard(n, scale, _):
+        case WalshHadamard(n, scale):
             return n == 1 and scale == 1
         case Pad() | Slice():
             return op.n_in == op.n_out
@@ -109,7 +110,7 @@ def _shorten(factors: Iterator[Op]) -> Factors:
     scale, kept = 1.0, []
     for f in factors:
         if isinstance(f, WalshHadamard):
-            scale, f = scale * f.scale, WalshHadamard(f.n, blocks=f.blocks)
+            scale, f = scale * f.scale, replace(f, scale=1.0)
         if _is_identity(f):
             continue
         before = kept[-1] if kept else None
@@ -132,7 +133,7 @@ def _place(scale: float, factors: list[Op]) -> Factors:
         return tuple(factors)
     for i in reversed(range(len(factors))):
         if isinstance(f := factors[i], WalshHadamard):
-            return (*factors[:i], WalshHadamard(f.n, scale, f.blocks), *factors[i + 1 :])
+            return (*factors[:i], replace(f, scale=scale), *factors[i + 1 :])
     first, last = factors[0].n_in, factors[-1].n_out
     if first < last:
         return (scaling(first, scale), *factors)
@@ -179,10 +180,7 @@ def _transform(part: list[Op]) -> tuple[list[Op], float] | None:
         want = _transformed(n, b, c)
         scale = float(y @ want / (want @ want))
         if scale and np.abs(y - scale * want).max() <= TOLERANCE * np.abs(y).max():
-            middle: list[Op] = [WalshHadamard(b, blocks=a * c)]
-            if c > 1:
-                middle = [Permute((a, b, c), (0, 2, 1)), *middle, Permute((a, c, b), (0, 2, 1))]
-            return middle, _exact(scale)
+            return [WalshHadamard(b, blocks=a, inner=c)], _exact(scale)
     return None
 
 
@@ -211,9 +209,7 @@ def _probe(n: int) -> Array:
 @cache
 def _transformed(n: int, b: int, c: int) -> Array:
     """Return the probe transformed by ``I (x) H_b (x) I_c``."""
-    grid = _probe(n).reshape(-1, b, c).swapaxes(1, 2)
-    out = WalshHadamard(b, blocks=n // b).apply(grid.reshape(n))
-    return out.reshape(-1, c, b).swapaxes(1, 2).reshape(n)
+    return WalshHadamard(b, blocks=n // (b * c), inner=c).apply(_probe(n))
 
 
 def _sum(n: int, terms: list[Factors]) -> Factors:
@@ -272,8 +268,8 @@ def _stack(column: Sequence[Op]) -> Factors | None:
     first, r = column[0], len(column)
     if all(same(first, f) for f in column[1:]):
         match first:
-            case WalshHadamard(n, scale, blocks):
-                return (WalshHadamard(n, scale, blocks * r),)
+            case WalshHadamard():
+                return (replace(first, blocks=first.blocks * r),)
             case Permute(dims, axes):
                 return (Permute((r, *dims), (0, *(a + 1 for a in axes))),)
             case SharedBlockDiag(w, blocks):
