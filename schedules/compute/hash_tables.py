@@ -1,0 +1,85 @@
+"""What the tables of a LookupFFN layer are in memory, independent of how they are read.
+
+A table is cut into slices of columns, and a slice of all tables lies together:
+``[ceil(n / columns)][h * 2**tau][columns]``. So the part of a few tables that many tokens read
+stays in cache while they pass, and a row of a slice is whole cache lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvmstruct.lookup import entries
+from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.low_precision import LARGEST, pair_vectors, round_bf16
+
+ITEM = {"f32": 4, "bf16": 2, "int8": 1}  # bytes of an element
+ROW_BYTES = 128  # of a slice: two cache lines, which are fetched together
+LONG = 9  # bits from which on a table in slices of one line is as large as others in two
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The static side: ``h`` tables of 2**tau rows of n features, and what is added to their sum.
+
+    ``dtype`` is "f32", "bf16" or "int8" with one scale for each row; ``scaled`` says whether a
+    score has the linear factor.
+    """
+
+    h: int
+    tau: int
+    n: int
+    flips: int
+    scaled: bool
+    dtype: str
+    epilogue: Epilogue
+
+    @property
+    def entries(self) -> int:
+        """Rows taken of each table."""
+        return entries(self.tau, self.flips)
+
+    def columns(self, lanes: int) -> int:
+        """Columns of a slice: no more vectors than hold n, and in bf16 an even number of them."""
+        row = ROW_BYTES // (2 if self.tau >= LONG else 1)
+        least = lanes * (2 if self.dtype == "bf16" else 1)
+        most = -(-self.n // least) * least
+        return max(least, min(row // ITEM[self.dtype], most) // least * least)
+
+    def slices(self, lanes: int) -> int:
+        """Slices of a table."""
+        return -(-self.n // self.columns(lanes))
+
+    def pack(self, tables: np.ndarray, lanes: int) -> dict[str, np.ndarray]:
+        """Return what the kernel reads of ``tables`` (h, 2**tau, n): tables, and scales in int8."""
+        rows = tables.reshape(-1, self.n)
+        if self.dtype == "int8":
+            scale = (np.abs(rows).max(axis=1) / LARGEST).astype(np.float32)
+            inverse = np.divide(1.0, scale, out=np.zeros(scale.shape), where=scale > 0)
+            q = np.rint(rows * inverse[:, None]).clip(-LARGEST, LARGEST).astype(np.int8)
+            return {"tables": self._cut(q, lanes), "scales": scale}
+        cut = self._cut(rows.astype(np.float32, copy=False), lanes)
+        if self.dtype == "bf16":
+            words = pair_vectors(cut, lanes)
+            return {"tables": words.reshape(*cut.shape[:2], -1)}
+        return {"tables": cut}
+
+    def stored(self, tables: np.ndarray) -> np.ndarray:
+        """Return ``tables`` as the kernel sees them, in float32."""
+        if self.dtype == "f32":
+            return tables.astype(np.float32)
+        if self.dtype == "bf16":
+            return round_bf16(tables).astype(np.float32)
+        packed = self.pack(tables, 1)
+        q = packed["tables"].transpose(1, 0, 2).reshape(len(packed["scales"]), -1)[:, : self.n]
+        return (q.astype(np.float32) * packed["scales"][:, None]).reshape(tables.shape)
+
+    def _cut(self, rows: np.ndarray, lanes: int) -> np.ndarray:
+        columns, slices = self.columns(lanes), self.slices(lanes)
+        cut = np.zeros((slices, len(rows), columns), rows.dtype)
+        for i in range(slices):
+            part = rows[:, i * columns : (i + 1) * columns]
+            cut[i, :, : part.shape[1]] = part
+        return cut

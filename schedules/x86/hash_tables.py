@@ -1,0 +1,325 @@
+"""LookupFFN's second half on x86: bits and scores of hashed features, gathers, weighted sums.
+
+Tokens go by in chunks. First their codes and scores are computed, vectors of tables at a time,
+and laid out so that the gather reads them in order. Then every thread takes slices of columns:
+it lets all tokens of the chunk pass over the slice of `GROUP` tables, which stays in its
+second-level cache with the sums of the chunk, before it goes on to the next tables. A token's
+sums live in registers meanwhile, so they are loaded and stored once for `GROUP` rows gathered.
+A chunk of few tokens is the same loop, bound by the latency of memory: the gathers are
+independent of each other, and the rows of tables ahead are prefetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.lookup import flipped
+from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
+from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.compute.layer_norm import RowNorm
+from tvmstruct.schedules.compute.product_tile import widen
+from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
+from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
+from tvmstruct.targets import Isa
+
+GROUP = 16  # tables that pass while a token's sums stay in registers
+CHUNK = 4096  # tokens whose codes are computed at a time
+BLOCK = 16  # tokens hashed by a thread at a time
+SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
+MOST_ENTRIES = 512  # of a table, each a few instructions of code
+
+
+def legal(t: Tables) -> bool:
+    """Return whether there is a kernel: a neighbourhood of a thousand codes is none."""
+    return t.entries <= MOST_ENTRIES
+
+
+def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
+    """Return the kernel: z, tables, [scales], [bias], [residual], [gamma, beta], y."""
+    work = t.h * t.entries * t.n
+    least = _chunk(rows)
+
+    def nest(rows: int, pick: Pick) -> _Nest:
+        options = [c for c in (512, 1024, 2048, 4096, 8192) if c < 2 * rows] or [least]
+        chunk = pick("chunk", options, least) if least in options else least
+        shared = threads if rows * work * 4 > SERIAL_BYTES else 1
+        return _Nest(chunk, shared)
+
+    key = (isa.name, t, nest(rows, pick_default))
+    space = Space(f"{t}", lambda rows, pick: _build(isa, t, nest(rows, pick)))
+    return make_kernel(
+        "hash_tables", key, lambda: _build(isa, t, nest(rows, pick_default)), work=work, space=space
+    )
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """How tokens are cut, and how many threads share a chunk."""
+
+    chunk: int
+    threads: int
+
+
+def _chunk(rows: int) -> int:
+    """Return the tokens of a chunk: one of a few numbers, so that kernels are shared."""
+    return min(CHUNK, 1 << (max(rows, 1) - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """``width`` tables from ``table`` on (an expression), and where their entries start."""
+
+    table: Expr | int
+    width: int
+    base: Expr | int  # of the first token's first entry among all codes
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Code of one kernel."""
+
+    isa: Isa
+    t: Tables
+    nest: _Nest
+    buffers: dict
+
+    def emit(self, m, norm: RowNorm | None) -> None:
+        """Emit chunk after chunk."""
+        chunk = self.nest.chunk
+        with loops((m + (chunk - 1)) // chunk) as (c,):
+            first = c * chunk
+            count = T.min(i64(chunk), m - first)
+            self._hash(first, count)
+            self._gather(first, count)
+            if norm is not None:
+                norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
+
+    @property
+    def _kind(self):
+        return T.parallel if self.nest.threads > 1 else None
+
+    def _groups(self) -> Sequence[tuple[int, int, int]]:
+        """Return (groups, tables of each, tables before them)."""
+        whole, rest = divmod(self.t.h, GROUP)
+        out = [(whole, GROUP, 0)] if whole else []
+        return [*out, (1, rest, whole * GROUP)] if rest else out
+
+    def _group(self, g: Expr, width: int, before: int) -> _Group:
+        each = self.nest.chunk * self.t.entries
+        return _Group(before + g * width, width, before * each + g * (width * each))
+
+    def _hash(self, first: Expr, count: Expr) -> None:
+        """Write codes and scores of a chunk, those of a token and a group together."""
+        block = min(BLOCK, self.nest.chunk)
+        with loops((count + (block - 1)) // block, kind=self._kind) as (b,):
+            with loops(T.min(i64(block), count - b * block)) as (i,):
+                token = b * block + i
+                for groups, width, before in self._groups():
+                    with loops(groups) as (g,):
+                        group = self._group(g, width, before)
+                        for start, lanes in pieces(width, self.isa.lanes):
+                            self._hash_vector(first, token, group, start, lanes)
+
+    def _hash_vector(self, first: Expr, token: Expr, group: _Group, start: int, lanes: int) -> None:
+        """Hash ``lanes`` tables of a group."""
+        t = self.t
+        table = group.table + start
+        codes, totals, product = (_Held(lanes, d) for d in ("int32", "float32", "float32"))
+        sizes = [_Held(lanes) for _ in range(t.tau)]
+        decays = [_Held(lanes) for _ in range(t.tau)]
+        for j in range(t.tau):
+            z = _Held(lanes)
+            z.keep(self.buffers["z"][first + token, _strided(table * t.tau + j, t.tau, lanes)])
+            sizes[j].keep(_absolute(z.value, lanes))
+            decays[j].keep(T.exp(sizes[j].value * spread(T.float32(-2), lanes)))
+            one = spread(T.float32(1), lanes)
+            bit = T.Select(
+                z.value > spread(T.float32(0), lanes),
+                _int(1 << (t.tau - 1 - j), lanes),
+                _int(0, lanes),
+            )
+            codes.keep(bit if j == 0 else codes.value | bit)
+            totals.keep(sizes[j].value if j == 0 else totals.value + sizes[j].value)
+            grown = one + decays[j].value
+            product.keep(grown if j == 0 else product.value * grown)
+        weight = _Held(lanes)
+        weight.keep(spread(T.float32(1), lanes) / product.value)
+        base = T.Cast("int32", table) if lanes == 1 else T.ramp(T.Cast("int32", table), 1, lanes)
+        rows = _Held(lanes, "int32")
+        rows.keep(base * _int(1 << t.tau, lanes))
+        at = group.base + token * (group.width * t.entries) + start
+        for e, bits in enumerate(flipped(t.tau, t.flips)):
+            code = codes.value
+            if bits:
+                code = code ^ _int(sum(1 << (t.tau - 1 - j) for j in bits), lanes)
+            row = _Held(lanes, "int32")
+            row.keep(rows.value + code)
+            score = self._score(totals, weight, [(sizes[j], decays[j]) for j in bits], lanes)
+            if "scales" in self.buffers:
+                score = score * self.buffers["scales"][row.value]
+            place = ramp(at + e * group.width, lanes)
+            T.buffer_store(self.buffers["codes"], row.value, [place])
+            T.buffer_store(self.buffers["scores"], score, [place])
+
+    def _score(self, totals: _Held, weight: _Held, bits: list, lanes: int) -> Expr:
+        """Return the score of the code with some bits flipped (eq. 7)."""
+        value = weight.value
+        for _, decay in bits:
+            value = value * decay.value
+        if not self.t.scaled:  # the exponential need not keep a NaN, the sum does
+            whole = totals.value == totals.value
+            return T.Select(whole, value, totals.value)
+        taken = totals.value
+        for size, _ in bits:
+            taken = taken - size.value * spread(T.float32(2), lanes)
+        return taken * value
+
+    def _gather(self, first: Expr, count: Expr) -> None:
+        """Add up the rows of all tables, slice by slice; threads take slices and tokens."""
+        t, lanes, chunk = self.t, self.isa.lanes, self.nest.chunk
+        columns, slices = t.columns(lanes), t.slices(lanes)
+        parts = self._parts(slices)
+        step = -(-chunk // parts)
+        with loops(slices * parts, kind=self._kind) as (item,):
+            cut, begin = item // parts, item % parts * step
+            tokens = T.max(T.min(i64(step), count - begin), i64(0))
+            sums = scratch(step * columns)
+            with loops(tokens, columns // lanes) as (i, v):
+                zero = spread(T.float32(0), lanes)
+                T.buffer_store(sums, zero, [ramp(i * columns + v * lanes, lanes)])
+            for groups, width, before in self._groups():
+                with loops(groups, tokens) as (g, i):
+                    group = self._group(g, width, before)
+                    self._add_rows(group, cut, begin + i, sums, i * columns)
+            self._finish(first + begin, tokens, cut, sums)
+
+    def _parts(self, slices: int) -> int:
+        """Return into how many ranges of tokens a chunk falls, so that threads share evenly."""
+        threads = self.nest.threads
+        most = min(self.nest.chunk, threads)
+        even = (p for p in range(1, most + 1) if slices * p % threads == 0)
+        return 1 if slices >= 4 * threads else next(even, most)
+
+    def _add_rows(self, group: _Group, cut: Expr, token: Expr, sums, at: Expr) -> None:
+        """Add to a token's sums its rows of a group of tables."""
+        t, lanes = self.t, self.isa.lanes
+        columns = t.columns(lanes)
+        held = registers(lanes, columns // lanes)
+        for v, register in enumerate(held):
+            T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
+        each = group.width * t.entries
+        with loops(each) as (e,):
+            place = group.base + token * each + e
+            row = T.Cast("int64", self.buffers["codes"][place])
+            score = spread(self.buffers["scores"][place], lanes)
+            for v, value in enumerate(self._row(cut, row)):
+                total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
+                T.buffer_store(held[v], total, [ramp(0, lanes)])
+        for v, register in enumerate(held):
+            T.buffer_store(sums, register[ramp(0, lanes)], [ramp(at + v * lanes, lanes)])
+
+    def _row(self, cut: Expr, row: Expr) -> list[Expr]:
+        """Return the vectors of a row of a slice, in float32."""
+        t, lanes, tables = self.t, self.isa.lanes, self.buffers["tables"]
+        count = t.columns(lanes) // lanes
+        if t.dtype == "bf16":
+            words = [tables[cut, row, ramp(i * lanes, lanes)] for i in range(count // 2)]
+            return [widen(word, half, lanes) for word in words for half in (0, 1)]
+        values = [tables[cut, row, ramp(v * lanes, lanes)] for v in range(count)]
+        if t.dtype == "int8":
+            return [T.Cast(f"float32x{lanes}", value) for value in values]
+        return values
+
+    def _finish(self, first: Expr, tokens: Expr, cut: Expr, sums) -> None:
+        """Write a slice of y with bias and residual; the last one may be narrower."""
+        t, lanes = self.t, self.isa.lanes
+        columns, slices = t.columns(lanes), t.slices(lanes)
+        rest = t.n - (slices - 1) * columns
+
+        def write(width: int) -> None:
+            with loops(tokens) as (i,):
+                for start, size in pieces(width, lanes):
+                    column = cut * columns + start
+                    value = sums[ramp(i * columns + start, size)]
+                    if "bias" in self.buffers:
+                        value = value + self.buffers["bias"][ramp(column, size)]
+                    if "residual" in self.buffers:
+                        value = value + self.buffers["residual"][first + i, ramp(column, size)]
+                    T.buffer_store(self.buffers["y"], value, [first + i, ramp(column, size)])
+
+        if rest == columns:
+            write(columns)
+            return
+        with T.If(cut == slices - 1):
+            with T.Then():
+                write(rest)
+            if slices > 1:
+                with T.Else():
+                    write(columns)
+
+
+class _Held:
+    """A vector that is computed once and used more than once."""
+
+    def __init__(self, lanes: int, dtype: str = "float32") -> None:
+        self.buffer = T.alloc_buffer((lanes,), dtype, scope="global")
+        self.lanes = lanes
+
+    def keep(self, value: Expr) -> None:
+        """Hold a value from here on."""
+        T.buffer_store(self.buffer, value, [ramp(0, self.lanes)])
+
+    @property
+    def value(self) -> Expr:
+        """Read it."""
+        return self.buffer[ramp(0, self.lanes)]
+
+
+def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
+    lanes, epilogue = isa.lanes, t.epilogue
+    columns = t.columns(lanes)
+
+    def body() -> None:
+        m = symbol("m")
+        b = {"z": argument("z", (m, i64(t.h * t.tau)))}
+        width, dtype = {
+            "f32": (columns, "float32"),
+            "bf16": (columns // 2, "int32"),
+            "int8": (columns, "int8"),
+        }[t.dtype]
+        rows = t.h << t.tau
+        b["tables"] = argument("tables", tuple(map(i64, (t.slices(lanes), rows, width))), dtype)
+        if t.dtype == "int8":
+            b["scales"] = argument("scales", (i64(rows),))
+        if epilogue.bias:
+            b["bias"] = argument("bias", (i64(t.n),))
+        if epilogue.residual:
+            b["residual"] = argument("residual", (m, i64(t.n)))
+        norm = RowNorm.declare(lanes, t.n, epilogue.norm)
+        b["y"] = argument("y", (m, i64(t.n)))
+        count = nest.chunk * t.h * t.entries
+        b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
+        b["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
+        _Body(isa, t, nest, b).emit(m, norm)
+
+    return replace_math(prim_func(body))
+
+
+def _strided(first: Expr, stride: int, lanes: int) -> Expr:
+    return first if lanes == 1 else T.ramp(first, stride, lanes)
+
+
+def _int(value: int, lanes: int) -> Expr:
+    return spread(T.int32(value), lanes)
+
+
+def _absolute(value: Expr, lanes: int) -> Expr:
+    """Return ``|value|`` by clearing the sign, which keeps a NaN."""
+    integer, real = ("int32", "float32") if lanes == 1 else (f"int32x{lanes}", f"float32x{lanes}")
+    return T.reinterpret(real, T.reinterpret(integer, value) & _int(0x7FFFFFFF, lanes))
