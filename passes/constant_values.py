@@ -58,6 +58,8 @@ _JOINED: dict[str, Callable] = {"relax.concat": np.concatenate, "relax.stack": n
 
 def evaluate(graph: Graph, expr: relax.Expr) -> np.ndarray | None:
     """Return the value of an expression that reads no input, or None."""
+    if isinstance(expr, relax.Var) and expr not in graph.closed:
+        return None
     value = graph.value(expr)
     if compat.is_constant(value):
         return compat.constant_array(value)
