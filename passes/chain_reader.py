@@ -10,7 +10,7 @@ from tvm import relax
 
 from tvmstruct import compat, ops
 from tvmstruct.passes import linear
-from tvmstruct.passes.constant_values import evaluate, number
+from tvmstruct.passes.constant_values import evaluate, names_of, number
 from tvmstruct.passes.factors import size_of
 from tvmstruct.passes.linear import Linear
 from tvmstruct.passes.slices import slice_of
@@ -171,15 +171,7 @@ class ChainReader:
         return self._each(w, step)
 
     def _names(self, expr: relax.Expr) -> list[str]:
-        """Return the names of the weights that a constant expression reads."""
-        value = self.graph.value(expr)
-        if compat.is_constant(value):
-            name = self.names.get(compat.address(compat.constant_tensor(value)))
-            return [] if name is None else [name]
-        if isinstance(value, relax.TupleGetItem):
-            return self._names(value.tuple_value)
-        fields = value.args if isinstance(value, relax.Call) else getattr(value, "fields", ())
-        return [n for f in fields for n in self._names(f)]
+        return names_of(self.graph, expr, self.names)
 
 
 def _through(x: Linear, source: relax.Expr) -> Linear:

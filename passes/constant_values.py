@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 import numpy as np
@@ -14,7 +14,7 @@ from tvmstruct.rewrite import Graph
 
 LIMIT = 1 << 24  # elements: the mask of 4096 by 4096 positions
 
-_ELEMENTWISE: dict[str, Callable] = {
+ELEMENTWISE: dict[str, Callable] = {
     "relax.add": np.add,
     "relax.subtract": np.subtract,
     "relax.multiply": np.multiply,
@@ -82,6 +82,18 @@ def _part(array: np.ndarray | None, part: Slice) -> np.ndarray | None:
     return array[tuple(index)]
 
 
+def names_of(graph: Graph, expr: relax.Expr, names: Mapping[int, str]) -> list[str]:
+    """Return the names (by address) of the weights that a constant expression reads."""
+    value = graph.value(expr)
+    if compat.is_constant(value):
+        name = names.get(compat.address(compat.constant_tensor(value)))
+        return [] if name is None else [name]
+    if isinstance(value, relax.TupleGetItem):
+        return names_of(graph, value.tuple_value, names)
+    fields = value.args if isinstance(value, relax.Call) else getattr(value, "fields", ())
+    return [n for f in fields for n in names_of(graph, f, names)]
+
+
 def number(graph: Graph, expr: relax.Expr) -> float | None:
     """Return the one number that a constant holds everywhere, or None."""
     value = graph.value(expr)
@@ -111,8 +123,8 @@ def _call(graph: Graph, call: relax.Call) -> np.ndarray | None:
     operands = _operands(graph, call, name)
     if operands is None:
         return None
-    if name in _ELEMENTWISE:
-        return np.asarray(_ELEMENTWISE[name](*operands), dtype)
+    if name in ELEMENTWISE:
+        return np.asarray(ELEMENTWISE[name](*operands), dtype)
     if name in _SHAPED:
         return np.asarray(_SHAPED[name](operands[0], shape), dtype)
     if name == "relax.astype":
@@ -153,7 +165,7 @@ def _operands(graph: Graph, call: relax.Call, name: str) -> list[np.ndarray] | N
         return [np.zeros(())]  # whatever they are like
     places = {"relax.full": [1], "relax.full_like": [1], "relax.triu": [0], "relax.tril": [0]}
     args = [call.args[i] for i in places.get(name, range(len(call.args)))]
-    tensors = args if name in _ELEMENTWISE else args[:1]
+    tensors = args if name in ELEMENTWISE else args[:1]
     found = []
     for arg in tensors:
         array = evaluate(graph, arg)
