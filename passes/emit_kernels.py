@@ -13,6 +13,7 @@ from tvmstruct import compat, ops
 from tvmstruct.layers import (
     Attention,
     FeedForward,
+    HashTables,
     Layer,
     LayerNorm,
     LayerTable,
@@ -25,6 +26,7 @@ from tvmstruct.layers import (
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
+from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.compute.low_precision import pair_vectors
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
@@ -165,7 +167,7 @@ class EmitKernels:
             for name in precision.names
         ]
 
-    def _bias(self, layer: Layer) -> list[relax.Expr]:
+    def _bias(self, layer: Layer | HashTables) -> list[relax.Expr]:
         if layer.bias is None:
             return []
         return [relax.const(self.store.small("bias", np.asarray(layer.bias, np.float32)))]
@@ -185,5 +187,25 @@ class EmitKernels:
         return kernel, [*inputs, *self._packed(layer), *more]
 
     @_kernel.register
+    def _(self, node: HashTables, args, shape):
+        z, *more = args
+        tables = static_tables(node)
+        packed = cache(lambda: tables.pack(node.tables, self.kernels.lanes))
+        names = ("tables", "scales") if node.precision == "int8" else ("tables",)
+        key = f"{node.names[0]}#{node.precision}{self.kernels.lanes}"
+        held = [
+            relax.const(self.store.tensor(f"{key}.{name}", lambda name=name: packed()[name]))
+            for name in names
+        ]
+        return self.kernels.hash_tables(tables, shape[0]), [z, *held, *self._bias(node), *more]
+
+    @_kernel.register
     def _(self, node: LayerNorm, args, shape):
         return self.kernels.layer_norm(node.n, node.epsilon), args
+
+
+def static_tables(node: HashTables) -> Tables:
+    """Return what the kernel of a node depends on."""
+    h, rows, n = node.tables.shape
+    tau = rows.bit_length() - 1
+    return Tables(h, tau, n, node.flips, node.scaled, node.precision, node.epilogue)

@@ -1,4 +1,4 @@
-"""Fold what follows a layer into it: bias, activation, residual.
+"""Fold what follows a layer into it: bias, activation, residual; tables have no activation.
 
 Looks through reshapes, since layers live on rows while the graph around them has batch and
 length. Only a value that nothing else reads is folded.
@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat
-from tvmstruct.layers import Layer, LayerTable, arguments
+from tvmstruct.layers import HashTables, Layer, LayerTable, arguments
 from tvmstruct.passes.activations import Activation, find_activation
 from tvmstruct.rewrite import Graph
 
@@ -40,7 +40,7 @@ class FuseEpilogue:
 
     def _activation(self, graph: Graph, call, found: Activation) -> relax.Expr | None:
         layer, old = producer(graph, self.table, found.x, uses=found.uses)
-        if layer is None or layer.activation != "none" or layer.residual:
+        if not isinstance(layer, Layer) or layer.activation != "none" or layer.residual:
             return None
         return self._replace(replace(layer, activation=found.name), old, [], call)
 
@@ -58,19 +58,19 @@ class FuseEpilogue:
         rows = R.reshape(other, compat.static_shape(old))
         return self._replace(replace(layer, residual=True), old, [rows], call)
 
-    def _bias(self, layer: Layer, old, bias: np.ndarray, call) -> relax.Expr | None:
+    def _bias(self, layer: Layer | HashTables, old, bias: np.ndarray, call) -> relax.Expr | None:
         shape = compat.static_shape(call)
-        if layer.activation != "none" or shape is None or shape[-1] != layer.op.n_out:
+        if layer.epilogue.activation != "none" or shape is None or shape[-1] != layer.n_out:
             return None
         if bias.ndim > len(shape) or (bias.ndim and bias.size != bias.shape[-1]):
             return None
-        if bias.size not in (1, layer.op.n_out) or bias.dtype != np.float32:
+        if bias.size not in (1, layer.n_out) or bias.dtype != np.float32:
             return None
-        bias = np.broadcast_to(bias.reshape(-1), (layer.op.n_out,))
+        bias = np.broadcast_to(bias.reshape(-1), (layer.n_out,))
         total = bias if layer.bias is None else layer.bias + bias
         return self._replace(replace(layer, bias=total), old, [], call)
 
-    def _replace(self, layer: Layer, old, extra: list, call) -> relax.Expr:
+    def _replace(self, layer: Layer | HashTables, old, extra: list, call) -> relax.Expr:
         rows = compat.static_shape(old)
         assert rows is not None
         y = self.table.call(layer, [*arguments(old), *extra], rows)
@@ -82,17 +82,18 @@ class FuseEpilogue:
 
 def producer(
     graph: Graph, table: LayerTable, expr, *, uses: int = 1
-) -> tuple[Layer | None, relax.Expr | None]:
-    """Return the layer whose rows ``expr`` reshapes and its call, if nothing else reads them."""
+) -> tuple[Layer | HashTables | None, relax.Expr | None]:
+    """Return the node whose rows ``expr`` reshapes and its call, if nothing else reads them."""
     first = True
     while isinstance(expr, relax.Var):
         if graph.uses[expr] != (uses if first else 1):
             return None, None
         first = False
         value = graph.bound.get(expr)
-        if (layer := table.layer(value)) is not None:
+        node = table.node(value)
+        if isinstance(node, Layer | HashTables):
             width = (compat.static_shape(value) or (0,))[-1]
-            return (layer, value) if width == layer.op.n_out else (None, None)
+            return (node, value) if width == node.n_out else (None, None)
         if compat.op_name(value) != "relax.reshape" or not _keeps_last_axis(value):
             return None, None
         expr = value.args[0]

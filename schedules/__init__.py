@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
 
@@ -95,6 +96,14 @@ class Kernels(Protocol):
         self, node, sources: Sequence, epilogue: Epilogue, shape: tuple[int, ...]
     ) -> Kernel:
         """Return attention that makes q, k and v and projects its result to ``shape``."""
+        ...
+
+    def hashes(self, tables: Tables) -> bool:
+        """Return whether there is a kernel for so many entries of a table."""
+        ...
+
+    def hash_tables(self, tables: Tables, rows: int) -> Kernel:
+        """Return codes, gathers and weighted sums of a LookupFFN layer."""
         ...
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:

@@ -37,6 +37,11 @@ class Layer:
     precision: str = "f32"
 
     @property
+    def n_out(self) -> int:
+        """Features that the layer yields."""
+        return self.op.n_out
+
+    @property
     def key(self) -> str:
         """What tells this weight from every other of the model, stable over buckets."""
         return "+".join(self.names) + ("^T" if self.transposed else "")
@@ -129,6 +134,16 @@ class HashTables:
     residual: bool = False
     norm: float | None = None  # epsilon of a layer normalisation at the end
     precision: str = "f32"
+
+    @property
+    def n_out(self) -> int:
+        """Features that the layer yields."""
+        return self.tables.shape[2]
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What the kernel adds to the sum of rows."""
+        return Epilogue(self.bias is not None, "none", self.residual, self.norm)
 
 
 @dataclass

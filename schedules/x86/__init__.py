@@ -8,9 +8,11 @@ from dataclasses import fields
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.x86 import (
     feed_forward,
+    hash_tables,
     minimal_attention,
     projected_attention,
     streamed_attention,
@@ -123,6 +125,14 @@ class X86Kernels:
         if problem.narrow:
             return problem.chunk, 1, 1
         return problem.chunk, problem.tile, wide_tile.group_size(problem)
+
+    def hashes(self, tables: Tables) -> bool:
+        """Return whether there is a kernel for so many entries of a table."""
+        return hash_tables.legal(tables)
+
+    def hash_tables(self, tables: Tables, rows: int) -> Kernel:
+        """Return codes, gathers and weighted sums of a LookupFFN layer."""
+        return hash_tables.hash_tables(self.isa, tables, rows, self.threads)
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation over rows of n features."""

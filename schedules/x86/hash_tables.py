@@ -20,7 +20,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.lookup import flipped
 from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
-from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.compute.hash_tables import ITEM, Tables
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import widen
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
@@ -28,8 +28,11 @@ from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
 from tvmstruct.targets import Isa
 
-GROUP = 16  # tables that pass while a token's sums stay in registers
+GROUP = 16
 CHUNK = 4096  # tokens whose codes are computed at a time
+AHEAD = 2  # tokens whose rows are prefetched
+LINE = 64  # bytes of a cache line
+TO_L1 = tuple(T.int32(value) for value in (0, 3, 1))  # to read, first level, data
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
 MOST_ENTRIES = 512  # of a table, each a few instructions of code
@@ -209,20 +212,31 @@ class _Body:
     def _add_rows(self, group: _Group, cut: Expr, token: Expr, sums, at: Expr) -> None:
         """Add to a token's sums its rows of a group of tables."""
         t, lanes = self.t, self.isa.lanes
-        columns = t.columns(lanes)
-        held = registers(lanes, columns // lanes)
+        vectors = t.columns(lanes) // lanes
+        each = group.width * t.entries
+        first = group.base + token * each
+        with loops(each) as (e,):  # of the tokens next, or of the groups next for a single token
+            self._fetch(cut, self.buffers["codes"][first + AHEAD * each + e])
+        held = registers(lanes, vectors)
         for v, register in enumerate(held):
             T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
-        each = group.width * t.entries
         with loops(each) as (e,):
-            place = group.base + token * each + e
-            row = T.Cast("int64", self.buffers["codes"][place])
-            score = spread(self.buffers["scores"][place], lanes)
+            row = T.Cast("int64", self.buffers["codes"][first + e])
+            score = spread(self.buffers["scores"][first + e], lanes)
             for v, value in enumerate(self._row(cut, row)):
                 total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
                 T.buffer_store(held[v], total, [ramp(0, lanes)])
         for v, register in enumerate(held):
             T.buffer_store(sums, register[ramp(0, lanes)], [ramp(at + v * lanes, lanes)])
+
+    def _fetch(self, cut: Expr, code: Expr) -> None:
+        """Prefetch a row; past the last token a code may be anything, and its address too."""
+        t, tables = self.t, self.buffers["tables"]
+        size = t.columns(self.isa.lanes) * ITEM[t.dtype]
+        lines = -(-size // LINE)
+        for i in range(lines):
+            element = tables[cut, T.Cast("int64", code), i * (int(tables.shape[2]) // lines)]
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L1))
 
     def _row(self, cut: Expr, row: Expr) -> list[Expr]:
         """Return the vectors of a row of a slice, in float32."""
@@ -303,7 +317,7 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
             b["residual"] = argument("residual", (m, i64(t.n)))
         norm = RowNorm.declare(lanes, t.n, epilogue.norm)
         b["y"] = argument("y", (m, i64(t.n)))
-        count = nest.chunk * t.h * t.entries
+        count = (nest.chunk * t.h + AHEAD * GROUP) * t.entries
         b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
         b["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
         _Body(isa, t, nest, b).emit(m, norm)

@@ -17,7 +17,11 @@ from tests.relax_modules import (
     nodes,
     operators,
     structure_and_numbers,
+    transform,
 )
+from tvmstruct.layers import HashTables, LayerTable
+from tvmstruct.passes.fuse_epilogue import FuseEpilogue
+from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.schedules.compute.dense import Epilogue
 
 W, B = models.weight(24, 40, seed=1), models.weight(40, seed=2)
@@ -268,3 +272,26 @@ def test_a_reshape_that_splits_the_features_ends_the_epilogue():
     after, table, _ = dense(mod)
     assert nodes(after, table)[0].bias is None
     check_compiled(mod)
+
+
+def test_tables_take_bias_residual_and_normalisation_but_no_activation():
+    table = LayerTable()
+    hashed = HashTables(("t",), models.weight(3, 4, 40, seed=3))
+
+    def body(emit, z, r):
+        y = emit(R.reshape(emit(table.call(hashed, [z], (10, 40))), (2, 5, 40)))
+        total = emit(R.add(r, emit(R.add(y, const(B)))))
+        return R.nn.layer_norm(total, const(np.ones(40)), const(B), axes=[-1])
+
+    epilogues = [FuseEpilogue(table) for _ in range(2)]
+    after, _ = transform(module(body, (10, 6), (2, 5, 40)), *epilogues, FuseLayerNorm(table))
+    (found,) = nodes(after, table)
+    assert isinstance(found, HashTables)
+    np.testing.assert_array_equal(found.bias, B)
+    assert found.epilogue == Epilogue(True, "none", True, 1e-5)
+
+    def activated(emit, z):
+        return R.nn.relu(emit(table.call(hashed, [z], (10, 40))))
+
+    after, _ = transform(module(activated, (10, 6)), FuseEpilogue(table))
+    assert "relax.nn.relu" in operators(after)

@@ -1,0 +1,130 @@
+"""Hash and gather against the numpy definition, on every instruction set."""
+
+import numpy as np
+import pytest
+import tvm
+
+from tests.kernels import build, call, every_isa, extras, finish, random_picks
+from tvmstruct.lookup import hash_codes
+from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.registry import tuned_kernel
+from tvmstruct.schedules.x86 import X86Kernels
+from tvmstruct.schedules.x86.hash_tables import hash_tables, legal
+from tvmstruct.targets import ISAS
+
+PLAIN, BIAS = Epilogue(False, "none", False, None), Epilogue(True, "none", False, None)
+CASES = [  # h, tau, n, flips, scaled, dtype, epilogue
+    Tables(3, 4, 5, 0, True, "f32", Epilogue(True, "none", True, 1e-5)),
+    Tables(37, 3, 50, 1, False, "bf16", PLAIN),
+    Tables(20, 9, 70, 0, True, "int8", BIAS),
+    Tables(16, 5, 160, 2, True, "f32", Epilogue(False, "none", True, None)),
+    Tables(1, 1, 1, 1, True, "int8", PLAIN),
+    Tables(33, 2, 33, 0, False, "f32", BIAS),
+]
+ROWS = (1, 37)
+
+
+def reference(t: Tables, tables: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Return the weighted sums of rows in float64."""
+    codes, scores = hash_codes(z.astype(np.float64), t.tau, flips=t.flips, scaled=t.scaled)
+    kept = t.stored(tables).astype(np.float64)
+    return sum(np.einsum("te,ten->tn", scores[:, k], kept[k][codes[:, k]]) for k in range(t.h))
+
+
+def arguments(t: Tables, tables: np.ndarray, lanes: int) -> list:
+    return [tvm.runtime.tensor(a) for a in t.pack(tables, lanes).values()]
+
+
+def check(t: Tables, function, rows: int, lanes: int, rng) -> None:
+    tables = rng.normal(size=(t.h, 1 << t.tau, t.n)).astype(np.float32)
+    z = rng.normal(size=(rows, t.h * t.tau)).astype(np.float32)
+    bias, residual = rng.normal(size=t.n), rng.normal(size=(rows, t.n))
+    packed = arguments(t, tables, lanes)
+    found = call(function, [z, *packed, *extras(t.epilogue, bias, residual)], rows, t.n)
+    want = finish(reference(t, tables, z), t.epilogue, bias, residual)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@every_isa
+def test_every_case(isa, rng):
+    made = {(t, rows): hash_tables(isa, t, rows, 2) for t in CASES for rows in ROWS}
+    library = build(isa, {kernel.symbol: kernel.func for kernel in made.values()})
+    for (t, rows), kernel in made.items():
+        check(t, library[kernel.symbol], rows, isa.lanes, rng)
+
+
+@pytest.mark.isa("avx512")
+def test_more_tokens_than_a_chunk_and_many_threads(rng):
+    t = Tables(18, 3, 40, 0, True, "f32", PLAIN)
+    kernels = {
+        (rows, threads): hash_tables(ISAS[0], t, rows, threads)
+        for rows, threads in ((9000, 2), (700, 7), (2, 8))
+    }
+    library = build(ISAS[0], {k.symbol: k.func for k in kernels.values()})
+    for (rows, _), kernel in kernels.items():
+        check(t, library[kernel.symbol], rows, ISAS[0].lanes, rng)
+
+
+@pytest.mark.isa("avx512")
+def test_any_schedule_of_its_space(rng):
+    t = Tables(17, 4, 24, 0, True, "f32", BIAS)
+    kernel = hash_tables(ISAS[0], t, 1500, 2)
+    tuned = [tuned_kernel(kernel, 1500, pick, (i,)) for i, pick in enumerate(random_picks(rng, 3))]
+    library = build(ISAS[0], {k.symbol: k.func for k in tuned})
+    for k in tuned:
+        check(t, library[k.symbol], 1500, ISAS[0].lanes, rng)
+
+
+@every_isa
+def test_nan_stays_in_range_and_in_its_row(isa, rng):
+    for scaled in (True, False):
+        t = Tables(5, 3, 9, 1, scaled, "f32", PLAIN)
+        kernel = hash_tables(isa, t, 3, 2)
+        function = build(isa, {kernel.symbol: kernel.func})[kernel.symbol]
+        tables = rng.normal(size=(5, 8, 9)).astype(np.float32)
+        z = rng.normal(size=(3, 15)).astype(np.float32)
+        z[1, 4] = np.nan
+        found = call(function, [z, *arguments(t, tables, isa.lanes)], 3, 9)
+        assert np.isnan(found[1]).all()
+        want = reference(t, tables, z)
+        np.testing.assert_allclose(found[[0, 2]], want[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+@every_isa
+def test_zero_and_large_features(isa):
+    t = Tables(2, 2, 3, 0, True, "f32", PLAIN)
+    kernel = hash_tables(isa, t, 1, 1)
+    function = build(isa, {kernel.symbol: kernel.func})[kernel.symbol]
+    tables = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+    z = np.array([[0.0, -0.0, 100.0, -1e30]], np.float32)
+    found = call(function, [z, *arguments(t, tables, isa.lanes)], 1, 3)
+    np.testing.assert_allclose(found, reference(t, tables, z), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 2.0**-8), ("int8", 1 / 127)])
+def test_stored_tables_are_close(dtype, bound, rng):
+    t = Tables(3, 4, 21, 0, True, dtype, PLAIN)
+    tables = rng.normal(size=(3, 16, 21)) * np.exp(rng.normal(size=(3, 16, 1)))
+    scale = np.abs(tables).max(-1, keepdims=True)
+    assert (np.abs(t.stored(tables) - tables) <= bound * scale).all()
+
+
+def test_a_row_of_zeros_has_a_scale_that_loses_nothing():
+    t = Tables(1, 1, 4, 0, True, "int8", PLAIN)
+    assert (t.stored(np.zeros((1, 2, 4))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(("tau", "n"), [(8, 512), (9, 768), (3, 5), (12, 100)])
+def test_slices_are_whole_lines_and_hold_every_column(dtype, lanes, tau, n):
+    t = Tables(2, tau, n, 0, True, dtype, PLAIN)
+    columns = t.columns(lanes)
+    assert columns % lanes == 0
+    assert columns * t.slices(lanes) >= n > columns * (t.slices(lanes) - 1)
+
+
+def test_a_large_neighbourhood_has_no_kernel():
+    assert legal(Tables(1, 8, 4, 3, True, "f32", PLAIN))
+    assert not X86Kernels(ISAS[0]).hashes(Tables(1, 16, 4, 3, True, "f32", PLAIN))
