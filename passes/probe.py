@@ -48,6 +48,11 @@ ELEMENTWISE: dict[str, Callable] = {
     "relax.bitwise_and": np.bitwise_and,
     "relax.bitwise_xor": np.bitwise_xor,
     "relax.floor_mod": np.mod,
+    "relax.logical_xor": np.logical_xor,
+    "relax.isfinite": np.isfinite,
+    "relax.isnan": np.isnan,
+    "relax.cosh": np.cosh,
+    "relax.sinh": np.sinh,
 }
 REDUCTIONS: dict[str, Callable] = {
     "relax.sum": np.sum,
@@ -252,6 +257,7 @@ class Prober:
         )
         if stacked:
             parts = [_insert(p, axis) for p in parts]
+        parts = _fit_all(parts, but=axis)
         if any(has_rows(p.axes[axis]) for p in parts):
             raise Unknown("joins rows")
         axes = parts[0].axes
@@ -303,6 +309,7 @@ def _slice(x: Probed, axis: int, index: slice, *, drop: bool = False) -> Probed:
 def _elementwise(f: Callable, operands: Sequence[Probed]) -> Probed:
     rank = max(len(x.axes) for x in operands)
     axes: Axes = [()] * rank
+    operands = _fit_all(operands)
     for x in operands:
         axes = _join_all(axes, x.axes)
     arrays = [
@@ -312,6 +319,33 @@ def _elementwise(f: Callable, operands: Sequence[Probed]) -> Probed:
     with np.errstate(all="ignore"):
         array = np.asarray(f(*arrays))
     return Probed(axes, array, tuple(dict.fromkeys(g for x in operands for g in x.gathers)))
+
+
+def _fit_all(operands: Sequence[Probed], but: int | None = None) -> list[Probed]:
+    """Leave out the rows of constants that are written out for all rows of another operand."""
+    rank = max(len(x.axes) for x in operands)
+    rows: Axes = [()] * rank
+    for x in operands:
+        for i, axis in enumerate(x.axes, rank - len(x.axes)):
+            rows[i] = axis if has_rows(axis) and i != but else rows[i]
+    return [_fit(x, rows[rank - len(x.axes) :]) for x in operands]
+
+
+def _fit(x: Probed, rows: Axes) -> Probed:
+    axes, array = list(x.axes), x.array
+    for i, (axis, loops) in enumerate(zip(x.axes, rows, strict=True)):
+        if not axis or not loops or has_rows(axis) or size_of(axis) != size_of(loops):
+            continue
+        before, after = array.shape[: i + 1], array.shape[i + 2 :]
+        array = array.reshape(*before, *(f.size for f in loops), *after)
+        for j, f in enumerate(loops, i + 1):
+            if ROW in f.strides:
+                first = array.take([0], j)
+                if not (array == first).all():
+                    raise Unknown("treats rows differently")
+                array = first
+        array, axes[i] = array.reshape(*before, -1, *after), loops
+    return Probed(axes, array, x.gathers)
 
 
 def _join_all(a: Axes, b: Axes) -> Axes:

@@ -16,8 +16,9 @@ The node is accepted only if on every probed row it gives what the graph gives.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -90,13 +91,25 @@ def find_lookups(
 ) -> dict[relax.Expr, Found | Reject]:
     """Return the lookups of a graph by the call that ends each; ``tables`` keeps sorted ones."""
     out: dict[relax.Expr, Found | Reject] = {}
+    taken: Counter[str] = Counter()
     for z, calls in _by_features(graph).items():
         try:
-            out |= _Search(graph, z, calls, names, tables).run()
+            for call, found in _Search(graph, z, calls, names).run().items():
+                out[call] = replace(found, node=_stored(found.node, taken, tables))
         except Refusal as why:
             source = names_of(graph, calls[0].args[0], names)
             out[calls[0]] = Reject(source[0] if source else "tables", str(why))
     return out
+
+
+def _stored(node: HashTables, taken: Counter[str], tables: dict[str, np.ndarray]) -> HashTables:
+    """Number lookups in one stored tensor, and keep one copy of tables that had to be sorted."""
+    name = "+".join(node.names)
+    taken[name] += 1
+    if taken[name] > 1:
+        name = f"{name}[{taken[name] - 1}]"
+        node = replace(node, names=(name,))
+    return replace(node, tables=tables.setdefault(name, node.tables))
 
 
 def _by_features(graph: Graph) -> dict[relax.Var, list[relax.Call]]:
@@ -148,13 +161,11 @@ class _Search:
         z: relax.Var,
         calls: list[relax.Call],
         names: Mapping[int, str],
-        tables: dict[str, np.ndarray],
     ) -> None:
-        self.graph, self.z, self.calls = graph, z, calls
-        self.names, self.tables = names, tables
+        self.graph, self.z, self.calls, self.names = graph, z, calls, names
         self.features = (compat.static_shape(z) or (0,))[-1]
 
-    def run(self) -> dict[relax.Expr, Found | Reject]:
+    def run(self) -> dict[relax.Expr, Found]:
         """Return the lookups by their last call; raise Refusal where there is none."""
         count = self._count()
         why = Refusal(
@@ -181,7 +192,7 @@ class _Search:
     def _variable(self, call: relax.Call) -> relax.Var:
         return next(var for var, value in self.graph.bound.items() if value.same_as(call))
 
-    def _with(self, tau: int, flips: int) -> dict[relax.Expr, Found | Reject]:
+    def _with(self, tau: int, flips: int) -> dict[relax.Expr, Found]:
         z = probes(self.features, tau)
         prober = Prober(self.graph, self.z, z)
         gathers = [prober.run(self._variable(call)).gathers[-1] for call in self.calls]
@@ -229,18 +240,16 @@ class _Search:
     def _without_bias(
         self, prober: Prober, value: relax.Expr, y: Probed, n: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        flat = y.array.reshape(len(y.array), n)
         inner = self.graph.call(value, "relax.add", *RESHAPES)
         while inner is not None and compat.op_name(inner) in RESHAPES:
             inner = self.graph.call(inner.args[0], "relax.add", *RESHAPES)
-        if inner is None:
-            return flat, None
-        for a, b in (inner.args, tuple(reversed(inner.args))):
+        for a, b in () if inner is None else (inner.args, tuple(reversed(inner.args))):
             bias = evaluate(self.graph, b)
-            if bias is not None and bias.size in (1, n) and isinstance(a, relax.Var):
+            if bias is not None and bias.size in (1, n) and self._is_sum(prober.run(a), n):
+                y = prober.run(a)
                 wide = np.broadcast_to(bias.reshape(-1), (n,)).astype(np.float32)
-                return flat - wide, wide
-        return flat, None
+                return y.array.reshape(len(y.array), n), wide
+        return y.array.reshape(len(y.array), n), None
 
     def _node(
         self,
@@ -255,11 +264,8 @@ class _Search:
         if not unique:
             digest = hashlib.sha256(np.ascontiguousarray(tables.array).tobytes()).hexdigest()
             unique = (f"constant_{digest[:16]}",)
-        key = "+".join(unique)
-        if key not in self.tables:  # sorted and scaled once for all buckets
-            array = tables.array
-            self.tables[key] = array if factor == 1 else array * np.float32(factor)
-        return HashTables(unique, self.tables[key], bias, tables.flips, scaled)
+        array = tables.array if factor == 1 else tables.array * np.float32(factor)
+        return HashTables(unique, array, bias, tables.flips, scaled)
 
 
 def _reads(prober: Prober, graph: Graph, value: relax.Call, count: int) -> Iterator[bool]:

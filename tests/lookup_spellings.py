@@ -291,14 +291,14 @@ def neighbours(b):
     bits = b.op("Greater", z, b.const(0.0))
     both = b.op("Add", b.op("Exp", z), b.op("Exp", b.op("Neg", z)))
     product = b.op("ReduceProd", both, axes=[-1], keepdims=0)
-    y = None
+    tables, y = table(b, H * ROWS, N), None
     for j in range(-1, TAU):
         turned = np.arange(TAU) == j
         own = b.op("Xor", bits, b.const(turned, "bool"))
         signs = b.op("Where", own, b.const(1.0), b.const(-1.0))
         weights = b.op("Div", b.op("Exp", sum_over(b, b.op("Mul", z, signs), -1)), product)
         places = b.op("Mul", b.op("Cast", own, to=models.INT64), b.const(PLACES, "int64"))
-        rows = b.op("Gather", table(b, H * ROWS, N), offset(b, sum_over(b, places, -1)))
+        rows = b.op("Gather", tables, offset(b, sum_over(b, places, -1)))
         term = weighted(b, rows, weights)
         y = term if y is None else b.op("Add", y, term)
     return y
@@ -311,7 +311,6 @@ def neighbours(b):
 def threshold(b):
     """A threshold of a tenth."""
     z = grouped(b)
-    codes = code(b, b.op("Sub", z, b.const(0.1))) if b.nodes is None else None
     bits = b.op("Cast", b.op("Greater", z, b.const(0.1)), to=models.FLOAT)
     total = sum_over(b, b.op("Mul", bits, b.const(PLACES)), -1)
     codes = b.op("Cast", total, to=models.INT64)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
@@ -28,6 +29,7 @@ from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
+from tvmstruct.passes.recognize_lookup import RecognizeLookup
 from tvmstruct.passes.recognize_operator import RecognizeOperator
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recover_structure import RecoverStructure
@@ -57,6 +59,7 @@ class Session:
     plan: Plan = field(default_factory=Plan)
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
+    tables: dict[str, np.ndarray] = field(default_factory=dict)  # of lookups, in our order of bits
     select: Select = keep_default
     precision: str = "f32"
     memory: str = "auto"
@@ -107,6 +110,7 @@ def _find_layers(
     table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
 ) -> Iterator[Rule]:
     yield ClipGathers()
+    yield RecognizeLookup(table, names, session.tables)
     yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
