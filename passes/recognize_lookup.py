@@ -98,7 +98,8 @@ def find_lookups(
                 out[call] = replace(found, node=_stored(found.node, taken, tables))
         except Refusal as why:
             source = names_of(graph, calls[0].args[0], names)
-            out[calls[0]] = Reject(source[0] if source else "tables", str(why))
+            name = f"lookup.{source[0] if source else 0}"
+            out[calls[0]] = Reject(name, str(why))
     return out
 
 

@@ -4,8 +4,8 @@ Block-diagonal products (batched matmul, einsum), Sylvester matrices or butterfl
 reshapes, constant factors, slices, zeros to pad with, copies, and sums of two chains of one tensor
 become one `Layer` that holds an operator of the algebra: BH4 of the public LookupFFN code with
 its residual, Kronecker products as reshape, matmul, transpose, matmul, and whatever else is
-written so. A plain matmul stays for `canonicalize_dense`. A chain is taken only if it has a
-structured factor and costs less than the dense matrix that it equals.
+written so. A plain matmul, or several, stay for `canonicalize_dense`. Where the dense matrix that
+a structured chain equals costs less than the chain, the layer is that matrix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
@@ -23,11 +24,11 @@ from tvmstruct.layers import Form, Layer, LayerTable
 from tvmstruct.passes import linear
 from tvmstruct.passes.chain_reader import ChainReader, Chains
 from tvmstruct.passes.linear import Linear
-from tvmstruct.rewrite import Graph, Reject, operands
+from tvmstruct.rewrite import Graph, operands
 from tvmstruct.simplify import chain, simplify
 
 R = relax.op
-Found = dict[relax.Expr, Linear | Reject]
+Found = dict[relax.Expr, Linear]
 
 
 class RecognizeOperator:
@@ -40,13 +41,13 @@ class RecognizeOperator:
         self.graph: Graph | None = None
         self.found: Found = {}
 
-    def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
-        """Return the layer that a call is the last step of, or why its chain is none."""
+    def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
+        """Return the layer that a call is the last step of."""
         if graph is not self.graph:
             self.graph, self.found = graph, find_chains(graph, self.names)
         found = self.found.get(call)
-        if found is None or isinstance(found, Reject):
-            return found
+        if found is None:
+            return None
         rows, out = _rows(found), compat.static_shape(call)
         assert out is not None
         layer = Layer(found.names, self._operator(found))
@@ -57,11 +58,18 @@ class RecognizeOperator:
         """Return the operator of a chain, made once and kept for every bucket."""
         key = "+".join(found.names)
         if key not in self.forms:
-            op = simplify(chain(found.n_in, found.factors))
-            known = known_form(op)
-            why = "as the graph computes it"
-            self.forms[key] = Form(known.op, known.name, known.parameters, reason=why)
+            self.forms[key] = _form(simplify(chain(found.n_in, found.factors)))
         return self.forms[key].op
+
+
+def _form(op: ops.Op) -> Form:
+    """Return the form of an operator: the matrix that it equals, where that costs less."""
+    cost, dense = op.macs + op.adds, op.n_in * op.n_out
+    if cost < dense:
+        known = known_form(op)
+        return Form(known.op, known.name, known.parameters, reason="as the graph computes it")
+    why = f"the chain in the graph has {cost} multiply-adds and additions, its matrix {dense}"
+    return Form(ops.Dense(op.to_dense().astype(np.float32)), reason=why)
 
 
 def _nodes(op: ops.Op) -> Iterator[ops.Op]:
@@ -102,10 +110,8 @@ def _end_chains(graph: Graph, chains: Mapping[relax.Var, Chains]) -> tuple[Found
             covered |= x.inside
             if shared := _read_elsewhere(graph, var, x):
                 cuts |= shared
-                break
-            name = x.names[0] if x.names else "operator"
-            why = _too_much(done)
-            found[value] = Reject(name, why) if why else done
+            else:
+                found[value] = done
             break
     return found, cuts
 
@@ -114,19 +120,11 @@ def _rename(found: Found) -> Found:
     """Number chains of the same weights, such as slices of one stored tensor."""
     count: dict[tuple[str, ...], int] = {}
     for call, item in reversed(list(found.items())):
-        if isinstance(item, Linear):
-            names = item.names or ("operator",)
-            index = count[names] = count.get(names, -1) + 1
-            last = names[-1] if not index and item.names else f"{names[-1]}[{index}]"
-            found[call] = replace(item, names=(*names[:-1], last))
+        names = item.names or ("operator",)
+        index = count[names] = count.get(names, -1) + 1
+        last = names[-1] if not index and item.names else f"{names[-1]}[{index}]"
+        found[call] = replace(item, names=(*names[:-1], last))
     return found
-
-
-def _too_much(x: Linear) -> str:
-    """Return why a chain stays as it is, or an empty string."""
-    op = simplify(chain(x.n_in, x.factors))
-    cost, dense = op.macs + op.adds, x.n_in * x.width
-    return "" if cost < dense else f"{cost} multiply-adds and additions a row, dense has {dense}"
 
 
 def _structured(factors: tuple[ops.Op, ...]) -> bool:
@@ -141,14 +139,19 @@ def _structured(factors: tuple[ops.Op, ...]) -> bool:
                 return True
         elif isinstance(op, ops.Dense) and isinstance(simplify(op), ops.WalshHadamard):
             return True
-    return _has_butterflies(factors)
+    return _sums_up(factors)
 
 
-def _has_butterflies(factors: tuple[ops.Op, ...]) -> bool:
+def _sums_up(factors: tuple[ops.Op, ...]) -> bool:
+    """Return whether a product with sums has structure once it is written shorter."""
     if not any(isinstance(f, ops.Sum) for f in factors):
         return False
-    op = simplify(chain(factors[0].n_in, factors))
-    return any(isinstance(n, ops.WalshHadamard) and n.n > 1 for n in _nodes(op))
+    nodes = _nodes(simplify(chain(factors[0].n_in, factors)))
+    return any(
+        isinstance(n, ops.BlockDiag | ops.SharedBlockDiag)
+        or (isinstance(n, ops.WalshHadamard) and n.n > 1)
+        for n in nodes
+    )
 
 
 def _read_elsewhere(graph: Graph, var: relax.Var, x: Linear) -> set[relax.Var]:

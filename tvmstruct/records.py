@@ -13,12 +13,14 @@ from tvmstruct.layers import (
     Attention,
     FeedForward,
     Form,
+    HashTables,
     Layer,
     LayerTable,
     MinimalAttention,
     ProjectedAttention,
     arguments,
 )
+from tvmstruct.lookup import entries
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 from tvmstruct.skipping import Skip
@@ -28,7 +30,7 @@ REFUSALS = (
     "fuse_attention",
     "fuse_layer_norm",
     "minimise_attention",
-    "recognize_operator",
+    "recognize_lookup",
     "split_feed_forward",
 )
 
@@ -39,6 +41,8 @@ def layer_records(
     """Return one record per weight in the order of the graph: layers, and gathered tables."""
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
+        if isinstance(node := table.node(value), HashTables):
+            found.setdefault("+".join(node.names), _lookup(node))
         if (layer := table.layer(value)) is not None:
             found.setdefault(layer.key, _layer(layer, forms[layer.key]))
         elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
@@ -139,6 +143,21 @@ def _layer(layer: Layer, form: Form) -> LayerRecord:
     return LayerRecord(
         layer.names[0], (op.n_in, op.n_out), name, dict(form.parameters), op.params,
         op.macs, size, None, form.error, form.reason,
+    )  # fmt: skip
+
+
+def _lookup(node: HashTables) -> LayerRecord:
+    """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
+    h, rows, n = node.tables.shape
+    tau = rows.bit_length() - 1
+    read = h * entries(tau, node.flips)
+    parameters = {"tau": tau, **({"flips": node.flips} if node.flips else {})}
+    size = node.tables.size + (0 if node.bias is None else node.bias.size)
+    why = f"{read} rows of {4 * n} bytes gathered for a row of x; {node.tables.size / n:,.0f} held"
+    scale = "" if node.scaled else ", without the linear scale"
+    return LayerRecord(
+        node.names[0], node.tables.shape, "lookup", parameters, size, read * n, 4 * size,
+        reason=why + scale,
     )  # fmt: skip
 
 

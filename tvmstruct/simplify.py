@@ -237,13 +237,23 @@ def _side_by_side(terms: list[Factors]) -> Factors | None:
     columns = list(zip(*(t for _, t in pads), strict=False))
     if len({len(t) for _, t in pads}) > 1:
         return None
+    cut = _cuts_in_order(columns[0])
     out: list[Op] = []
-    for i, column in enumerate(columns):
-        made = _fan_out(column) if i == 0 else _stack(column)
+    for i, column in enumerate(columns[1:] if cut else columns):
+        made = _fan_out(column) if i == 0 and not cut else _stack(column)
         if made is None:
             return None
         out += made
     return tuple(out)
+
+
+def _cuts_in_order(column: Sequence[Op]) -> bool:
+    """Return whether operators take the features apart, one part after the other."""
+    size = column[0].n_out
+    return all(
+        isinstance(f, Slice) and (f.width, f.start, f.n_out) == (size * len(column), i * size, size)
+        for i, f in enumerate(column)
+    )
 
 
 def _fan_out(column: Sequence[Op]) -> Factors | None:
