@@ -48,7 +48,7 @@ class Attention:
     def model(self) -> tuple[bytes, Feeds]:
         """Return the ONNX model and its inputs."""
         split = np.array([self.rows, self.length, self.heads, self.head_dim])
-        graph = _Graph({"split": split, "scale": np.float32(self.head_dim**-0.5)})
+        graph = Graph({"split": split, "scale": np.float32(self.head_dim**-0.5)})
         q, k, v = (graph.node("Reshape", name, "split") for name in "qkv")
         q, v = (graph.node("Transpose", x, perm=[0, 2, 1, 3]) for x in (q, v))
         scores = graph.node("MatMul", q, graph.node("Transpose", k, perm=[0, 2, 3, 1]))
@@ -143,7 +143,7 @@ class Question:
 
     def model(self) -> tuple[bytes, Feeds]:
         """Return the ONNX model and its inputs."""
-        graph, feeds = _Graph({}), self.feeds()
+        graph, feeds = Graph({}), self.feeds()
         scores = graph.node("MatMul", "q", graph.node("Transpose", "k", perm=[1, 0]))
         out = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), "v")
         return graph.finish(out, feeds), feeds
@@ -160,7 +160,7 @@ class Question:
 TransformerCase = Attention | EncoderLayer | Question
 
 
-class _Graph:
+class Graph:
     """An ONNX graph that grows node by node."""
 
     def __init__(self, constants: dict[str, Any]) -> None:

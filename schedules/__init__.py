@@ -72,8 +72,11 @@ class Kernels(Protocol):
         """Return fused attention."""
         ...
 
-    def skip_grain(self, node) -> tuple[int, int, int]:
-        """Return keys in a chunk, queries in a tile and queries skipped together, of a node."""
+    def skip_grain(self, node, *, makes_values: bool = False) -> tuple[int, int, int]:
+        """Return keys in a chunk, queries in a tile and queries skipped together, of a node.
+
+        With ``makes_values`` they are those of `minimal_attention`.
+        """
         ...
 
     def projects_attention(self, node, n: int, rows: int) -> bool:

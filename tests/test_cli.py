@@ -51,7 +51,7 @@ class FakeModel:
     def measure_skip(self, feeds):
         self.feeds = feeds
         busy = {"head-first": 0.4, "chunk-first": 0.5, "random": 0.6, "dynamic": 0.9}
-        return {"attention.0": SkipStatistics(0.71, 0.45, 1.2e-3, 0.999, 0.25, busy, 32)}
+        return {"attention.0": SkipStatistics(0.71, 0.45, 1.2e-3, 0.999, 0.25, busy, 32, 12, 48)}
 
     def save(self, path):
         path.write_bytes(b"compiled")
@@ -170,7 +170,12 @@ def test_report_as_text_json_and_page(model, onnx_file, tmp_path, call):
     assert "<table>" in (tmp_path / "page.html").read_text()
 
 
-SKIPS = [("8", Skip(8)), ("0.5", Skip(0.5)), ("raw:0.0", Skip(0, raw=True))]
+SKIPS = [
+    ("8", Skip(8)),
+    ("0.5", Skip(0.5)),
+    ("raw:0.0", Skip(0, raw=True)),
+    ("8,1", Skip(8, zero_ratio=1)),
+]
 
 
 @pytest.mark.parametrize(("text", "skip"), SKIPS)
@@ -199,7 +204,16 @@ def test_a_compiled_model_has_its_skip_and_memory(model, tmp_path, call, option)
 def test_report_measures_what_is_skipped(model, onnx_file, call):
     command = ["report", onnx_file, "--shape", "input_ids=2x9", "--skip", "8", "--measure"]
     table = call(*command).out
-    for text in ("the report", "attention.0", "71.0%", "55.0%", "1.2e-03", "25.0%", "32", "40.0%"):
+    for text in (
+        "the report",
+        "attention.0",
+        "71.0%",
+        "55.0%",
+        "1.2e-03",
+        "25.0%",
+        "12 of",
+        "40.0%",
+    ):
         assert text in table
     assert {name: a.shape for name, a in model.feeds.items()} == {
         "input_ids": (2, 9),
@@ -221,6 +235,8 @@ MISUSE = [
     (["report", "MODEL", "--skip", "far"], "want a number such as 8, or raw:0.0"),
     (["report", "MODEL", "--skip", "0"], "want a positive distance"),
     (["report", "MODEL", "--skip", "nan"], "want a finite"),
+    (["report", "MODEL", "--skip", "8,1.5"], "zero_ratio is 1.5; want a share"),
+    (["report", "MODEL", "--skip", "8,"], "a zero ratio as in 8,0.99"),
     (["report", "MODEL", "--memory", "least"], "'auto', 'minimal', 'baseline'"),
     (["compile", "MODEL"], "--output"),
     (["compile", "MODEL", "-o", "/no/such/folder/out.tvms"], "folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, isnan
 
 import numpy as np
@@ -20,6 +21,8 @@ CASES = {
     "causal": (Skip(1.5), {"causal": True}),
     "masked": (Skip(1.5), {"masked": True}),
     "shared keys": (Skip(0.1, raw=True), {"kv_heads": 2, "causal": True}),
+    "ratio": (Skip(0.5, zero_ratio=0.7), {}),
+    "ratio, causal": (Skip(0.5, zero_ratio=0.7), {"causal": True, "kv_heads": 1}),
 }
 
 
@@ -39,11 +42,14 @@ def limit(skip, top):
     return min(far, top - max(abs(top), np.float32(1)) * np.float32(2**-22))
 
 
-def naive(q, k, v, scale, mask, causal, skip, chunk, tile, group, threads):
-    """Return zeros, executed, error, cosine and v_gen, one weight after the other."""
+def naive(q, k, v, scale, mask, causal, skip, chunk, tile, group, threads, makes_values=False):
+    """Return zeros, executed, error, cosine, v_gen and its rows, one weight after the other."""
     (batch, heads, queries, _), keys, width = q.shape, k.shape[2], v.shape[3]
     share = heads // k.shape[1]
-    zero = np.zeros((batch, heads, queries, keys), bool)
+    zero, gone = naive_zeros(q, k, scale, mask, causal, skip, chunk, makes_values)
+    read = (
+        ~zero & ~np.repeat(gone, heads // gone.shape[1], 1)[:, :, None] if makes_values else ~zero
+    )
     visible = whole = executed = 0
     exact = np.zeros((batch, heads, queries, width))
     got = np.zeros_like(exact)
@@ -57,11 +63,9 @@ def naive(q, k, v, scale, mask, causal, skip, chunk, tile, group, threads):
             visible += not (causal and j > i)
         top = max(scores)
         for j in range(keys):
-            seen = max(scores[: (j // chunk + 1) * chunk])
-            zero[b, h, i, j] = scores[j] <= limit(skip, seen)
             weight = exp(float(scores[j]) - float(top))
             exact[b, h, i] += weight * v[b, h // share, j]
-            got[b, h, i] += weight * v[b, h // share, j] * (not zero[b, h, i, j])
+            got[b, h, i] += weight * v[b, h // share, j] * read[b, h, i, j]
         exact[b, h, i] /= sum(exp(float(s) - float(top)) for s in scores)
         kept = scores[~zero[b, h, i]]
         got[b, h, i] /= sum(exp(float(s) - float(top)) for s in kept)
@@ -74,31 +78,66 @@ def naive(q, k, v, scale, mask, causal, skip, chunk, tile, group, threads):
             executed += len(rows) * EXP_OPS * (not zero[b, h, rows, j].all())
             for start in range(first, rows[-1] + 1, group):
                 some = range(start, min(start + group, rows[-1] + 1))
-                executed += len(some) * width * (not zero[b, h, some, j].all())
+                executed += len(some) * width * read[b, h, some, j].any()
     hidden = np.triu(np.ones((queries, keys), bool), 1) if causal else False
-    columns = zero.reshape(batch, k.shape[1], share * queries, keys).mean(2) > 0.99
-    cosines = (exact * got).sum(-1) / np.linalg.norm(exact, axis=-1) / np.linalg.norm(got, axis=-1)
+    lengths = np.linalg.norm(exact, axis=-1) * np.linalg.norm(got, axis=-1)
+    cosines = (exact * got).sum(-1) / np.where(lengths == 0, 1, lengths)  # 0: no value was made
     return {
         "zeros": (zero & ~np.asarray(hidden)).sum() / visible,
         "executed": executed / whole,
         "error": np.linalg.norm(exact - got) / np.linalg.norm(exact),
         "cosine": cosines.mean(),
-        "v_gen": columns.mean(),
+        "v_gen": gone.mean(),
+        "value_rows": gone.size,
     }
 
 
+def naive_zeros(q, k, scale, mask, causal, skip, chunk, makes_values):
+    """Return which weights are zero, and which values are not made by head or by head of k."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    share = heads // k.shape[1]
+    zero = np.zeros((batch, heads, queries, keys), bool)
+    for b, h, i in np.ndindex(batch, heads, queries):
+        scores = (q[b, h] @ k[b, h // share].T)[i] * np.float32(scale)
+        if mask is not None:
+            scores += np.broadcast_to(mask, zero.shape)[b, h, i]
+        if causal:
+            scores[i + 1 :] = -np.inf
+        for j in range(keys):
+            seen = max(scores[: (j // chunk + 1) * chunk])
+            zero[b, h, i, j] = scores[j] <= limit(skip, seen)
+    readers = 1 if makes_values else share
+    gone = np.zeros((batch, heads // readers, keys), bool)
+    for b, g, j in np.ndindex(gone.shape):
+        first = j if causal else 0
+        column = zero[b, g * readers : (g + 1) * readers, first:, j]
+        gone[b, g, j] = column.all() or column.mean() > skip.zero_ratio
+    return zero, gone
+
+
+@pytest.mark.parametrize("makes_values", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_the_statistics_are_those_of_a_loop(name):
+def test_the_statistics_are_those_of_a_loop(name, makes_values):
     skip, options = CASES[name]
-    given = problem(**options)
-    got, want = analyse(**given, skip=skip, **GRAIN), naive(**given, skip=skip, **GRAIN)
+    given = problem(**options) | {"skip": skip, "makes_values": makes_values}
+    got, want = analyse(**given, **GRAIN), naive(**given, **GRAIN)
     assert 0 < want["zeros"] < 1
     for field, value in want.items():
         assert getattr(got, field) == pytest.approx(value, rel=1e-6), field
+    assert got.unmade == (round(got.v_gen * got.value_rows) if makes_values else None)
+    assert 0 < got.v_gen < 1 or skip.zero_ratio == 0.99
 
 
-def test_bands_of_queries_change_nothing(monkeypatch):
-    given = problem(causal=True, masked=True)
+def test_values_of_late_keys_count_the_queries_that_see_them():
+    given = problem(causal=True)
+    given["k"] *= 0  # every query weighs all that it sees
+    got = analyse(**given, skip=Skip(1), makes_values=True, **GRAIN)
+    assert (got.unmade, got.value_rows) == (2 * 4 * 2, 2 * 4 * 13)  # keys 11 and 12 of every head
+
+
+@pytest.mark.parametrize("makes_values", [False, True])
+def test_bands_of_queries_change_nothing(monkeypatch, makes_values):
+    given = problem(causal=True, masked=True) | {"makes_values": makes_values}
     whole = analyse(**given, skip=Skip(1), **GRAIN)
     monkeypatch.setattr("tvmstruct.skip_analysis.BAND", 60)
     parts = analyse(**given, skip=Skip(1), **GRAIN)
@@ -193,6 +232,7 @@ def test_statistics_in_words():
         "71% of weights are zero, 55% of softmax and weighted sum saved, error 1.2e-03, "
         "2 threads busy 98%"
     )
+    assert "saved, 7 of 20 value rows not made, error" in str(replace(got, unmade=7, value_rows=20))
 
 
 @pytest.mark.parametrize(

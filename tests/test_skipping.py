@@ -37,6 +37,13 @@ def test_none_is_none_and_raw_takes_any_number():
     assert "at most -2" in str(Skip(-2, raw=True))
 
 
+def test_the_ratio_of_zeros_is_that_of_the_paper_unless_given():
+    assert Skip.of(8).zero_ratio == 0.99
+    assert Skip.of({"threshold": 8, "zero_ratio": 1}) == Skip(8, zero_ratio=1.0)
+    assert "over 0.9 of the queries" in Skip(8, zero_ratio=0.9).unmade
+    assert "no query weighs" in Skip(8, zero_ratio=1).unmade
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -50,6 +57,11 @@ def test_none_is_none_and_raw_takes_any_number():
         ({"threshold": True}, "threshold is True; want a number"),
         ({"threshold": 8, "raw": 1}, "raw is 1; want True or False"),
         ({"raw": True}, "skip={'raw': True}; want a number such as 8"),
+        ({"threshold": 8, "zero_ratio": 1.01}, "zero_ratio is 1.01; want a share of the queries"),
+        ({"threshold": 8, "zero_ratio": -0.1}, "zero_ratio is -0.1; want a share"),
+        ({"threshold": 8, "zero_ratio": float("nan")}, "zero_ratio is nan; want a share"),
+        ({"threshold": 8, "zero_ratio": True}, "zero_ratio is True; want a share"),
+        ({"threshold": 8, "zero_ratio": "0.9"}, "zero_ratio is '0.9'; want a share"),
         ({"threshold": 8, "raws": True}, "skip={'threshold': 8, 'raws': True}; want a number"),
         (True, "skip=True; want a number"),
         ("8", "skip='8'; want a number"),
@@ -60,13 +72,10 @@ def test_what_is_no_skip_is_refused(value, message):
         Skip.of(value)
 
 
-@pytest.mark.parametrize(
-    ("memory", "why"), [("minimal", "cannot skip yet"), ("baseline", "skip nothing")]
-)
-def test_a_memory_that_cannot_skip_is_refused(memory, why):
+def test_a_memory_that_cannot_skip_is_refused():
     source = models.source(models.parse(BERT))
-    with pytest.raises(InputError, match=f'memory="{memory}" and skip=8: .*{why}'):
-        tvmstruct.compile(source, memory=memory, skip=8)
+    with pytest.raises(InputError, match=r'memory="baseline" and skip=8: .*skip nothing; choose'):
+        tvmstruct.compile(source, memory="baseline", skip=8)
 
 
 @cache

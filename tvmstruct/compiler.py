@@ -24,7 +24,6 @@ from tvmstruct.targets import TargetSpec, resolve
 Shapes = Mapping[str, Sequence[int]]
 MEMORIES = ("auto", "minimal", "baseline")
 NO_SKIP = {
-    "minimal": "the kernel that makes queries, keys and values head by head cannot skip yet",
     "baseline": "its attention is separate operators over all scores, which skip nothing",
 }
 PRECISIONS = ("f32", "bf16", "bf16-weights", "int8")
@@ -55,8 +54,9 @@ def compile(
     "baseline" keeps scores, probabilities and hidden features in memory, to compare with.
     ``skip`` leaves out of attention what weighs next to nothing (NLP-Fast, section III-C), and
     with it some accuracy: 8 skips scores more than 8 below the maximum of their query, see `Skip`;
-    ``measure_skip`` says what that saves and loses. Padding may move, within that loss, which
-    weights go.
+    ``measure_skip`` says what that saves and loses; with ``memory="minimal"`` values that hardly a
+    query weighs are not made either, see ``Skip.zero_ratio``. Padding may move, within that loss,
+    which weights go.
     ``buckets`` is "auto" (pad a batch or a length to the next of a few sizes where that provably
     or by probe changes nothing),
     "exact" (never pad) or a list of ``{symbol: size}``. Shapes are compiled when they are
@@ -197,5 +197,5 @@ def _check_options(precision: str, memory: str, skip: Skip | None) -> None:
     if skip is not None and memory in NO_SKIP:
         raise InputError(
             f'memory="{memory}" and skip={skip.threshold:g}: {NO_SKIP[memory]}; '
-            'choose memory="auto" or skip=None'
+            'choose memory="auto", memory="minimal" or skip=None'
         )

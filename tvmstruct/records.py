@@ -73,7 +73,7 @@ def fused_records(
                 macs=node.heads * node.key_length * (node.head_dim + node.value_dim),
                 reason=f"fused, running maximum, {_scores(node)}; "
                 f"{_made(made) or _sources(node, value)}{_into(projection)}"
-                f"{'' if skip is None else f'; skip: {skip}'}",
+                f"{'' if skip is None else _skipped(skip, made)}",
             )
             count += 1
         elif isinstance(node, FeedForward):
@@ -84,6 +84,10 @@ def fused_records(
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+
+
+def _skipped(skip: Skip, made: tuple[Layer, ...]) -> str:
+    return f"; skip: {skip}" + (f"; {skip.unmade}" if made else "")
 
 
 def _made(sources: tuple[Layer, ...]) -> str:

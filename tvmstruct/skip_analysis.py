@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from tvmstruct.skip_schedules import utilisations
 from tvmstruct.skipping import Skip
 
 EXP_OPS = 12  # of one weight: multiply-adds of exp and the sum of weights
-ZERO_RATIO = 0.99  # zero-ratio threshold of V-Gen skipping in the paper
 BAND = 1 << 21  # scores held at a time
 GUARD = np.float32(2.0**-22)  # limits stay so far below the maximum, relative to it
 
@@ -28,11 +28,12 @@ class SkipStatistics:
     zeros: of the weights that ``causal`` does not hide, those that are skipped.
     executed: of the softmax and weighted sum of a kernel that skips nothing, what is left. The
         exponential of a key goes for all queries of a tile or none, its weighted sum for all
-        queries of a group; `EXP_OPS` and the width of a value weigh the two shares.
+        queries of a group, and for none without a value; `EXP_OPS` and the width of a value weigh
+        the two shares.
     error: ``norm(skipped - exact) / norm(exact)`` of the outputs, in the Frobenius norm.
     cosine: between the skipped and the exact output of a query, mean over queries.
-    v_gen: rows of values whose column of weights is zero for more than 0.99 of the queries, so
-        that V-Gen skipping would not make them.
+    v_gen: of the rows of values, those that V-Gen skipping leaves out, see `Skip.zero_ratio`;
+        where values come made (``unmade`` is None) those that it would.
     utilisation: mean busy time of ``threads`` threads over that of the busiest, by scheduler. The
         cost of a pair is its executed work and its scores, which nothing skips.
     """
@@ -44,6 +45,8 @@ class SkipStatistics:
     v_gen: float
     utilisation: Mapping[str, float]
     threads: int
+    unmade: int | None = None  # rows of values that the kernel did not make
+    value_rows: int = 0  # rows of values of all heads that attention reads
 
     @property
     def saved(self) -> float:
@@ -53,9 +56,13 @@ class SkipStatistics:
     def __str__(self) -> str:
         """Return zeros, savings, error and use of threads in one line."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        rows = ""
+        if self.unmade is not None:
+            rows = f"{self.unmade} of {self.value_rows} value rows not made, "
         return (
             f"{self.zeros:.0%} of weights are zero, {self.saved:.0%} of softmax and weighted sum "
-            f"saved, error {self.error:.1e}, {threads} busy {self.utilisation['dynamic']:.0%}"
+            f"saved, {rows}error {self.error:.1e}, {threads} busy "
+            f"{self.utilisation['dynamic']:.0%}"
         )
 
 
@@ -72,46 +79,105 @@ def analyse(
     tile: int,
     group: int,
     threads: int,
+    makes_values: bool = False,
 ) -> SkipStatistics:
     """Return what ``skip`` does to ``softmax(scale * q @ k.T + mask) @ v``.
 
     q is (batch, heads, queries, dim), k (batch, kv_heads, keys, dim) and v (batch, kv_heads, keys,
     width), float32; query head h reads ``h // (heads // kv_heads)``. ``mask``, if any, broadcasts
     to (batch, heads, queries, keys). Keys go by in chunks of ``chunk``, queries in tiles of
-    ``tile`` and groups of ``group`` inside a tile. One head is worked on at a time, so that memory
-    is bounded. Raises InputError for shapes that do not fit or sizes below 1.
+    ``tile`` and groups of ``group`` inside a tile. ``makes_values`` says that the kernel makes v,
+    for every query head, and leaves rows of it out. One head is worked on at a time, so that
+    memory is bounded. Raises InputError for shapes that do not fit or sizes below 1.
     """
     _check(q, k, v, {"chunk": chunk, "tile": tile, "group": group, "threads": threads})
     batch, heads, queries, _ = q.shape
-    share = heads // k.shape[1]
-    mask = _full(mask, (batch, heads, queries, k.shape[2]))
+    if makes_values and heads > k.shape[1]:
+        k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
+    share, keys = heads // k.shape[1], k.shape[2]
+    mask = _full(mask, (batch, heads, queries, keys))
     work = _Work(chunk, tile, group)
     sums = _Sums()
-    unused = 0
+    unmade = 0
     costs = []
     with np.errstate(invalid="ignore", over="ignore"):
         for b, kv in np.ndindex(batch, k.shape[1]):
-            columns = np.zeros(k.shape[2], np.int64)
+            needed = np.zeros(keys, np.int64)
             for h in range(kv * share, (kv + 1) * share):
+                bias = None if mask is None else mask[b, h]
+                head = _Head(q[b, h], k[b, kv], scale, bias, causal, skip, chunk, tile)
+                needed += head.needed()
+                gone = _unmade(needed, queries, causal, skip) if makes_values else None
                 parts = []
-                for first, band in _bands(q[b, h], len(columns), tile):
-                    bias = None if mask is None else mask[b, h, first : first + len(band)]
-                    scores = _scores(band, k[b, kv], scale, bias, first if causal else None)
-                    zero, top = find_zeros(scores, skip, chunk)
-                    sums.add(scores, zero, top, v[b, kv], first if causal else None)
-                    columns += zero.sum(0)
-                    parts.append(work.costs(zero, first, causal, k.shape[3], v.shape[3]))
+                for first, scores, zero, top in head.bands():
+                    sums.add(scores, zero, top, v[b, kv], first if causal else None, gone)
+                    idle = zero if gone is None else zero | gone
+                    parts.append(work.costs(zero, idle, first, causal, (k.shape[3], v.shape[3])))
                 costs.append(np.concatenate(parts))
-            unused += int((columns > ZERO_RATIO * share * queries).sum())
+            unmade += int(_unmade(needed, queries, causal, skip, share).sum())
+    rows = batch * k.shape[1] * keys
     return SkipStatistics(
         zeros=sums.zeros / sums.weights,
         executed=work.executed / work.whole,
         error=sums.error,
         cosine=sums.cosine / (batch * heads * queries),
-        v_gen=unused / (batch * k.shape[1] * k.shape[2]),
+        v_gen=unmade / rows,
         utilisation=utilisations(_pairs(np.stack(costs)), threads),
         threads=threads,
+        unmade=unmade if makes_values else None,
+        value_rows=rows,
     )
+
+
+@dataclass
+class _Head:
+    """The scores of a head, a few of its queries at a time."""
+
+    q: np.ndarray  # (queries, dim)
+    k: np.ndarray  # (keys, dim)
+    scale: float
+    bias: np.ndarray | None  # (queries, keys)
+    causal: bool
+    skip: Skip
+    chunk: int
+    tile: int
+
+    def bands(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield first query, scores, which are skipped, and maximum, of whole tiles of queries."""
+        step = max(1, BAND // (len(self.k) * self.tile)) * self.tile
+        if step >= len(self.q):
+            yield self._whole
+            return
+        for first in range(0, len(self.q), step):
+            yield self._band(first, step)
+
+    def needed(self) -> np.ndarray:
+        """Return for each key the queries that weigh it."""
+        return np.sum([(~zero).sum(0) for _, _, zero, _ in self.bands()], axis=0)
+
+    @cached_property
+    def _whole(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        return self._band(0, len(self.q))
+
+    def _band(self, first: int, count: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        rows = slice(first, first + count)
+        bias = None if self.bias is None else self.bias[rows]
+        scores = _scores(self.q[rows], self.k, self.scale, bias, first if self.causal else None)
+        return first, scores, *find_zeros(scores, self.skip, self.chunk)
+
+
+def _unmade(
+    needed: np.ndarray, queries: int, causal: bool, skip: Skip, share: int = 1
+) -> np.ndarray:
+    """Return the keys whose values are not made, of those that ``needed`` queries weigh.
+
+    ``share`` heads with so many queries each read a value.
+    """
+    see = np.full(len(needed), queries)
+    if causal:
+        see = np.maximum(queries - np.arange(len(needed)), 0)
+    see = share * see
+    return (needed == 0) | (see - needed > skip.zero_ratio * see)
 
 
 def find_zeros(scores: np.ndarray, skip: Skip, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,13 +195,6 @@ def find_zeros(scores: np.ndarray, skip: Skip, chunk: int) -> tuple[np.ndarray, 
         limit = np.fmin(limit, top - np.maximum(abs(top), np.float32(1)) * GUARD)
         zero[:, first : first + chunk] = part <= limit  # false for NaN
     return zero, np.where(np.isneginf(top), np.float32(0), top)
-
-
-def _bands(q: np.ndarray, keys: int, tile: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first query, queries) of whole tiles, few enough to hold their scores."""
-    step = max(1, BAND // (keys * tile)) * tile
-    for first in range(0, len(q), step):
-        yield first, q[first : first + step]
 
 
 def _scores(
@@ -169,8 +228,12 @@ class _Sums:
         top: np.ndarray,
         v: np.ndarray,
         first: int | None,
+        gone: np.ndarray | None,
     ) -> None:
-        """Add the queries of (queries, keys) scores, compared in float64."""
+        """Add the queries of (queries, keys) scores, compared in float64.
+
+        Keys that are ``gone`` have no value, but stay in the sum of weights.
+        """
         hidden = 0 if first is None else int(_hidden(scores.shape, first).sum())
         self.zeros += int(zero.sum()) - hidden
         self.weights += scores.size - hidden
@@ -178,6 +241,8 @@ class _Sums:
         values = v.astype(np.float64)
         exact = _output(weights, values)
         weights[zero] = 0
+        if gone is not None:
+            values = np.where(gone[:, None], 0, values)
         got = _output(weights, values)
         lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(got, axis=1)
         equal = (exact == got).all(1)
@@ -209,13 +274,19 @@ class _Work:
     executed: int = field(default=0, init=False)
     whole: int = field(default=0, init=False)
 
-    def costs(self, zero: np.ndarray, first: int, causal: bool, dim: int, width: int) -> np.ndarray:
-        """Return the cost of every (tile, chunk) of queries from ``first`` on, and count it."""
-        rows, keys = zero.shape
+    def costs(
+        self, zero: np.ndarray, idle: np.ndarray, first: int, causal: bool, sizes: tuple[int, int]
+    ) -> np.ndarray:
+        """Return the cost of every (tile, chunk) of queries from ``first`` on, and count it.
+
+        ``zero`` weights go without exp, ``idle`` ones out of the weighted sum; ``sizes`` are dim
+        of a key and width of a value.
+        """
+        (rows, keys), (dim, width) = zero.shape, sizes
         tiles = np.arange(0, rows, self.tile)
         groups = np.concatenate([np.arange(t, min(t + self.tile, rows), self.group) for t in tiles])
         exps = self._by_chunk(zero, tiles)
-        sums = np.add.reduceat(self._by_chunk(zero, groups), np.searchsorted(groups, tiles), axis=0)
+        sums = np.add.reduceat(self._by_chunk(idle, groups), np.searchsorted(groups, tiles), axis=0)
         done = EXP_OPS * exps + width * sums
         chunks = np.arange(0, keys, self.chunk)
         whole = np.outer(np.diff([*tiles, rows]), np.diff([*chunks, keys]))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tvmstruct import ops
 from tvmstruct.arrays import to_numpy
 from tvmstruct.errors import InputError
-from tvmstruct.layers import Attention
+from tvmstruct.layers import Attention, Layer, MinimalAttention
 from tvmstruct.model import Bucket, Runner
 from tvmstruct.skip_analysis import SkipStatistics, analyse
 from tvmstruct.skipping import Skip
@@ -35,10 +36,11 @@ def measure_bucket(
 ) -> dict[str, SkipStatistics]:
     """Run a bucket on arrays of its shapes and analyse each attention before its kernel runs.
 
-    Arguments are not copied: memory is that of one head. Later layers see what earlier ones made
+    Arguments are not copied: memory is that of one head, and where the kernel makes queries, keys
+    and values, of all of those. Later layers see what earlier ones made
     with skipping. Names are those in the report. Raises InputError where no attention is fused.
     """
-    waiting: defaultdict[str, deque[tuple[str, Attention]]] = defaultdict(deque)
+    waiting: defaultdict[str, deque[tuple[str, Attention | MinimalAttention]]] = defaultdict(deque)
     found: dict[str, SkipStatistics] = {}
     for name, symbol, node in _attentions(bucket):
         waiting[symbol].append((name, node))  # equal attentions share a kernel: in order
@@ -48,15 +50,36 @@ def measure_bucket(
     def look(symbol: str, args: Sequence[Any]) -> None:
         if symbol in waiting:
             name, node = waiting[symbol].popleft()
-            q, k, v, mask = operands(node, [to_numpy(a) for a in args])
-            chunk, tile, group = compiler.session.kernels.skip_grain(node)
+            arrays = [to_numpy(a) for a in args]
+            makes_values = isinstance(node, MinimalAttention)
+            if makes_values:
+                arrays, node = made_operands(node, arrays), node.attention
+            q, k, v, mask = operands(node, arrays)
+            kernels = compiler.session.kernels
+            chunk, tile, group = kernels.skip_grain(node, makes_values=makes_values)
             found[name] = analyse(
-                q, k, v, scale=node.scale, mask=mask, causal=node.causal, skip=skip,
-                chunk=chunk, tile=tile, group=group, threads=threads,
+                q, k, v, scale=node.scale, mask=mask, causal=node.causal, skip=skip, chunk=chunk,
+                tile=tile, group=group, threads=threads, makes_values=makes_values,
             )  # fmt: skip
 
     _run_watched(bucket, arrays, look)
     return found
+
+
+def made_operands(node: MinimalAttention, args: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the rows of q, k and v that a kernel makes of its arguments, and its mask if any.
+
+    Arguments are the inputs of the three layers, their packed weights and biases, then the mask.
+    """
+    rows = [_multiplied(layer, x) for layer, x in zip(node.sources, args, strict=False)]
+    before = 3 + sum(1 + (layer.bias is not None) for layer in node.sources)
+    return rows if node.attention.mask == "none" else [*rows, args[before]]
+
+
+def _multiplied(layer: Layer, x: np.ndarray) -> np.ndarray:
+    assert isinstance(layer.op, ops.Dense)
+    y = x @ layer.op.w.astype(np.float32, copy=False)
+    return y if layer.bias is None else y + np.asarray(layer.bias, np.float32)
 
 
 def operands(
@@ -85,13 +108,14 @@ def _by_head(
     return columns.reshape(-1, length, count, dim).transpose(0, 2, 1, 3)
 
 
-def _attentions(bucket: Bucket) -> Iterator[tuple[str, str, Attention]]:
+def _attentions(bucket: Bucket) -> Iterator[tuple[str, str, Attention | MinimalAttention]]:
     """Yield name in the report, symbol and node of each attention that is a kernel of its own."""
     assert bucket.lowered is not None
-    calls = (call for call in bucket.lowered.calls if isinstance(call.node, Attention))
-    for number, call in enumerate(calls):
-        assert isinstance(call.node, Attention)
-        yield f"attention.{number}", call.symbol, call.node
+    number = 0
+    for call in bucket.lowered.calls:
+        if isinstance(call.node, Attention | MinimalAttention):
+            yield f"attention.{number}", call.symbol, call.node
+            number += 1
 
 
 def _run_watched(

@@ -18,20 +18,25 @@ RAW = "raw:"
 
 
 LEGEND = (
-    "saved: of softmax and weighted sum; v-gen: values that no query needs; last four columns: how "
-    "busy a scheduler keeps the threads"
+    "saved: of softmax and weighted sum; v-gen: values that hardly a query needs; not made: rows "
+    "of values left out, with --memory minimal; last four columns: how busy a scheduler keeps the "
+    "threads"
 )
 
 
 def parse_skip(text: str) -> Skip:
-    """Return the skip of ``8`` or ``raw:0.0``; misuse, as typer says it, where that is none."""
-    number = text.removeprefix(RAW)
+    """Return the skip of ``8``, ``8,0.99`` or ``raw:0.0``; misuse where that is none."""
+    numbers = text.removeprefix(RAW)
+    threshold, comma, ratio = numbers.partition(",")
     try:
-        return Skip(float(number), raw=text != number)
+        more = {"zero_ratio": float(ratio)} if comma else {}
+        return Skip(float(threshold), raw=text != numbers, **more)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: want a number such as 8, or raw:0.0") from error
+        raise typer.BadParameter(
+            f"{text!r}: want a number such as 8, or raw:0.0, and a zero ratio as in 8,0.99 if any"
+        ) from error
 
 
 SkipOption = Annotated[
@@ -41,7 +46,8 @@ SkipOption = Annotated[
         parser=parse_skip,
         metavar="NUMBER",
         help="Leave scores so far below their maximum out of attention, such as 8; or those of "
-        "at most a number, as in raw:0.0. Both lose.",
+        "at most a number, as in raw:0.0. Both lose. With --memory minimal values that are zero "
+        "for over 0.99 of the queries are not made; another share goes after a comma: 8,0.9.",
     ),
 ]
 Memory = Annotated[
@@ -76,6 +82,7 @@ def skip_rows(found: Mapping[str, SkipStatistics]) -> list[dict[str, Any]]:
             "error": f"{s.error:.1e}",
             "cosine": f"{s.cosine:.6f}",
             "v-gen": f"{s.v_gen:.1%}",
+            "not made": "-" if s.unmade is None else f"{s.unmade} of {s.value_rows}",
             "threads": s.threads,
         }
         | {scheduler: f"{busy:.1%}" for scheduler, busy in s.utilisation.items()}

@@ -14,6 +14,7 @@ from tvmstruct.schedules.x86 import (
     feed_forward,
     hash_tables,
     minimal_attention,
+    minimal_element,
     projected_attention,
     streamed_attention,
     wide_tile,
@@ -100,16 +101,17 @@ class X86Kernels:
 
     def source_heads(self, node) -> tuple[int, int, int]:
         """Return the heads of q, k and v of an `Attention` node."""
-        return minimal_attention.source_heads(self._heads(node))
+        return minimal_element.source_heads(self._heads(node))
 
     def minimal_attention(
         self, node, sources: Sequence, epilogue: Epilogue, shape: tuple[int, ...]
     ) -> Kernel:
         """Return attention that makes q, k and v and projects its result to ``shape``."""
         q, k, v = (
-            minimal_attention.Source(layer.op.n_in, layer.bias is not None) for layer in sources
+            minimal_element.Source(layer.op.n_in, layer.bias is not None) for layer in sources
         )
-        sizes = minimal_attention.Sizes(self._heads(node), (q, k, v), shape[1], epilogue)
+        ratio = 1.0 if self.skip is None else self.skip.zero_ratio
+        sizes = minimal_element.Sizes(self._heads(node), (q, k, v), shape[1], epilogue, ratio)
         return minimal_attention.minimal_attention(sizes, shape[0], self.threads)
 
     def _heads(self, node) -> Heads:
@@ -119,9 +121,10 @@ class X86Kernels:
         skip = None if self.skip is None else (self.skip.threshold, self.skip.raw)
         return Heads(self.isa, **options, skip=skip)
 
-    def skip_grain(self, node) -> tuple[int, int, int]:
+    def skip_grain(self, node, *, makes_values: bool = False) -> tuple[int, int, int]:
         """Return the keys of a chunk, and the queries that skip an exp and a product together."""
-        problem = self._heads(node).problem
+        heads = self._heads(node)
+        problem = minimal_element.tile_problem(heads) if makes_values else heads.problem
         if problem.narrow:
             return problem.chunk, 1, 1
         return problem.chunk, problem.tile, wide_tile.group_size(problem)

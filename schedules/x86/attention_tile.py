@@ -9,6 +9,7 @@ where its operands and its result lie; `wide_tile` and `narrow_tile` say how it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
 
@@ -68,6 +69,7 @@ class Problem:
     most_keys: int = CHUNK  # in a chunk
     skip: tuple[float, bool] | None = None  # threshold of weights that are zero, and whether raw
     in_parts: bool = False  # whether the sums are divided apart, even after a single chunk
+    makes_values: bool = False  # once the weights of a chunk are known for all queries
 
     @property
     def lanes(self) -> int:
@@ -109,7 +111,7 @@ class Problem:
     def narrow(self) -> bool:
         """Whether a vector of queries would be mostly empty, and heads are whole vectors."""
         whole = not self.head_dim % self.isa.lanes and not self.value_dim % self.isa.lanes
-        return self.query_length <= FEW_QUERIES and whole
+        return self.query_length <= FEW_QUERIES and whole and not self.makes_values
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,16 @@ def registers(lanes: int, count: int) -> list[tirx.Buffer]:
 def scratch(*shape: int) -> tirx.Buffer:
     """Allocate float32 memory of a thread."""
     return T.alloc_buffer(shape, "float32", scope="global")
+
+
+def reduce_lanes(value: Expr, lanes: int, join: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Return a scalar from the lanes of a vector, joining one half with the other."""
+    while lanes > 1:
+        lanes //= 2
+        (held,) = registers(2 * lanes, 1)
+        T.buffer_store(held, value, [ramp(0, 2 * lanes)])
+        value = join(held[ramp(0, lanes)], held[ramp(lanes, lanes)])
+    return value
 
 
 def fewest_lanes(count: int, isa: Isa) -> int:

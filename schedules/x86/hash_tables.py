@@ -2,11 +2,12 @@
 
 Tokens go by in chunks. First their codes and scores are computed, vectors of tables at a time,
 and laid out so that the gather reads them in order. Then every thread takes slices of columns:
-it lets all tokens of the chunk pass over the slice of `GROUP` tables, which stays in its
-second-level cache with the sums of the chunk, before it goes on to the next tables. A token's
-sums live in registers meanwhile, so they are loaded and stored once for `GROUP` rows gathered.
-A chunk of few tokens is the same loop, bound by the latency of memory: the gathers are
-independent of each other, and the rows of tables ahead are prefetched.
+it lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which stays in its
+second-level cache with the sums of the chunk, before it goes on to the next tables. Those are
+read ahead meanwhile, in order and a few lines for each token: as random rows they would come
+from memory several times slower. A token's sums live in registers, so they are loaded and stored
+once for `TOGETHER` rows gathered. A chunk of few tokens is the same loop, bound by the latency
+of memory: the gathers are independent of each other, and rows are prefetched.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
 from tvmstruct.targets import Isa
 
-GROUP = 16
+GROUP = 16  # tables whose codes lie together
+TOGETHER = 8  # tables that pass while a token's sums stay in registers
 CHUNK = 4096  # tokens whose codes are computed at a time
 AHEAD = 2  # tokens whose rows are prefetched
 LINE = 64  # bytes of a cache line
+MANY = 512  # tokens over which reading the next tables ahead is spread
+TO_L2 = tuple(T.int32(value) for value in (0, 2, 1))
 TO_L1 = tuple(T.int32(value) for value in (0, 3, 1))  # to read, first level, data
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
@@ -81,6 +85,22 @@ class _Group:
     table: Expr | int
     width: int
     base: Expr | int  # of the first token's first entry among all codes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """``count`` tables of a group from its ``start``-th on."""
+
+    group: _Group
+    start: Expr | int
+    count: int
+
+
+def _passes(width: int) -> list[tuple[int, int, int]]:
+    """Cut a group into runs of passes: (first table, tables of a pass, passes)."""
+    whole, rest = divmod(width, TOGETHER)
+    out = [(0, TOGETHER, whole)] if whole else []
+    return [*out, (whole * TOGETHER, rest, 1)] if rest else out
 
 
 @dataclass(frozen=True)
@@ -197,9 +217,13 @@ class _Body:
                 zero = spread(T.float32(0), lanes)
                 T.buffer_store(sums, zero, [ramp(i * columns + v * lanes, lanes)])
             for groups, width, before in self._groups():
-                with loops(groups, tokens) as (g, i):
-                    group = self._group(g, width, before)
-                    self._add_rows(group, cut, begin + i, sums, i * columns)
+                for start, count, times in _passes(width):
+                    with loops(groups, times, tokens) as (g, k, i):
+                        group = self._group(g, width, before)
+                        part = _Part(group, start + k * count, count)
+                        if chunk >= MANY:
+                            self._fetch_tables(part, cut, i, step)
+                        self._add_rows(part, cut, begin + i, sums, i * columns)
             self._finish(first + begin, tokens, cut, sums)
 
     def _parts(self, slices: int) -> int:
@@ -209,25 +233,44 @@ class _Body:
         even = (p for p in range(1, most + 1) if slices * p % threads == 0)
         return 1 if slices >= 4 * threads else next(even, most)
 
-    def _add_rows(self, group: _Group, cut: Expr, token: Expr, sums, at: Expr) -> None:
-        """Add to a token's sums its rows of a group of tables."""
+    def _add_rows(self, part: _Part, cut: Expr, token: Expr, sums, at: Expr) -> None:
+        """Add to a token's sums its rows of a few tables."""
         t, lanes = self.t, self.isa.lanes
         vectors = t.columns(lanes) // lanes
-        each = group.width * t.entries
-        first = group.base + token * each
-        with loops(each) as (e,):  # of the tokens next, or of the groups next for a single token
-            self._fetch(cut, self.buffers["codes"][first + AHEAD * each + e])
+        each = part.group.width * t.entries
+        first = part.group.base + token * each + part.start
+        with loops(t.entries, part.count) as (
+            e,
+            k,
+        ):  # the tokens next, or the groups of a single one
+            self._fetch(cut, self.buffers["codes"][first + AHEAD * each + e * part.group.width + k])
         held = registers(lanes, vectors)
         for v, register in enumerate(held):
             T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
-        with loops(each) as (e,):
-            row = T.Cast("int64", self.buffers["codes"][first + e])
-            score = spread(self.buffers["scores"][first + e], lanes)
+        with loops(t.entries, part.count) as (e, k):
+            place = first + e * part.group.width + k
+            row = T.Cast("int64", self.buffers["codes"][place])
+            score = spread(self.buffers["scores"][place], lanes)
             for v, value in enumerate(self._row(cut, row)):
                 total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
                 T.buffer_store(held[v], total, [ramp(0, lanes)])
         for v, register in enumerate(held):
             T.buffer_store(sums, register[ramp(0, lanes)], [ramp(at + v * lanes, lanes)])
+
+    def _fetch_tables(self, part: _Part, cut: Expr, token: Expr, tokens: int) -> None:
+        """Prefetch a token's share of the tables next, in order, into the second-level cache.
+
+        The tables after the last are the first ones of the next slice.
+        """
+        t, tables = self.t, self.buffers["tables"]
+        lines = max(1, t.columns(self.isa.lanes) * ITEM[t.dtype] // LINE)  # of a row
+        first = (part.group.table + part.start + part.count) * (1 << t.tau)
+        each = -(-(part.count << t.tau) * lines // tokens)  # lines for one token
+        for i in range(each):
+            line = token * each + i
+            column = line % lines * (int(tables.shape[2]) // lines)
+            element = tables[cut, first + line // lines, column]
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L2))
 
     def _fetch(self, cut: Expr, code: Expr) -> None:
         """Prefetch a row; past the last token a code may be anything, and its address too."""

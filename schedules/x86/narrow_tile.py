@@ -23,6 +23,7 @@ from tvmstruct.schedules.x86.attention_tile import (
     Problem,
     Tile,
     ramp,
+    reduce_lanes,
     registers,
     scratch,
     splat,
@@ -144,7 +145,7 @@ class NarrowTile(Tile):
             larger = T.Select(score > best[whole[0]], score, best[whole[0]])
             T.buffer_store(best, larger, whole)
         old = self.top[query]
-        T.buffer_store(top, T.max(_reduce(best[whole[0]], lanes, T.max), old), [0])
+        T.buffer_store(top, T.max(reduce_lanes(best[whole[0]], lanes, T.max), old), [0])
         # A row that is all -inf so far: -inf - 0 is -inf, where -inf - -inf were NaN.
         finite = T.Select(top[0] == T.float32(-inf), T.float32(0), top[0])
         T.buffer_store(self.shrink, vector_math.exp(old - finite), [query])
@@ -162,7 +163,7 @@ class NarrowTile(Tile):
                 weight = skipping.weight(score, spread_top, spread(bound[0], lanes), lanes)
             T.buffer_store(self.scores, weight, [at(group)])
             T.buffer_store(total, total[whole[0]] + self.scores[at(group)], whole)
-        added = _reduce(total[whole[0]], lanes, lambda a, b: a + b)
+        added = reduce_lanes(total[whole[0]], lanes, lambda a, b: a + b)
         rescaled = self.total[query] * self.shrink[query] + added
         T.buffer_store(self.total, rescaled, [query])
 
@@ -237,16 +238,6 @@ def _pick(a: Expr, b: Expr, part: list[int], half: int, lanes: int) -> Expr:
     for s in range(0, len(part), half):
         picks += part[s : s + half] + [lanes + i for i in part[s : s + half]]
     return tirx.Shuffle([a, b], picks)
-
-
-def _reduce(value: Expr, lanes: int, join) -> Expr:
-    """Return a scalar from the lanes of a vector."""
-    while lanes > 1:
-        lanes //= 2
-        (held,) = registers(2 * lanes, 1)
-        T.buffer_store(held, value, [ramp(0, 2 * lanes)])
-        value = join(held[ramp(0, lanes)], held[ramp(lanes, lanes)])
-    return value
 
 
 def _gathered(mask, row: int, key: Expr, lanes: int, last: int) -> Expr:

@@ -11,7 +11,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules import vector_math
-from tvmstruct.schedules.x86.attention_tile import Problem, ramp, registers, splat
+from tvmstruct.schedules.x86.attention_tile import Problem, reduce_lanes, splat
 
 ULPS = 2.0**-22  # how close to the maximum a score counts as one
 
@@ -60,12 +60,7 @@ def weight(score: Expr, top: Expr, bound: Expr, lanes: int) -> Expr:
 
 def any_lane(flags: Expr, lanes: int) -> Expr:
     """Return whether a lane of a vector of zeros and ones is one."""
-    while lanes > 1:
-        lanes //= 2
-        (held,) = registers(2 * lanes, 1)
-        T.buffer_store(held, flags, [ramp(0, 2 * lanes)])
-        flags = T.max(held[ramp(0, lanes)], held[ramp(lanes, lanes)])
-    return flags > T.float32(0)
+    return reduce_lanes(flags, lanes, T.max) > T.float32(0)
 
 
 def above(score: Expr, bound: Expr, lanes: int) -> Expr:

@@ -7,7 +7,6 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -23,19 +22,20 @@ from tvmstruct.schedules.x86.attention_tile import (
     Operands,
     Problem,
     Tile,
+    View,
     fewest_lanes,
     near_divisor,
     pieces,
     ramp,
+    reduce_lanes,
     registers,
     scratch,
     splat,
     spread,
 )
 from tvmstruct.schedules.x86.skipping import Keys
+from tvmstruct.schedules.x86.transpose import Load, transpose_square
 from tvmstruct.targets import Isa
-
-Load = Callable[[int, Index, int], Expr]  # (row of the tile, first column, lanes)
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,38 @@ class WideTile(Tile):
     lanes: int
     vectors: int
     query: tirx.Buffer  # (head_dim, queries): the transposed tile
-    scores: tirx.Buffer  # (chunk, queries)
+    scores: View  # (chunk, queries)
     mask: tirx.Buffer | None  # (chunk, queries), only for masks that differ by query
     top: tirx.Buffer
     total: tirx.Buffer
     shrink: tirx.Buffer  # factor for what an older maximum scaled
     keys: Keys  # that a query of the tile weighs, only with zero skipping
     chosen: Keys  # that a query of a register tile weighs
+    counts: View | None = None  # (1, chunk): how many queries weigh a key, where that is asked for
 
     @classmethod
-    def declare(cls, problem: Problem, at: Operands, start: Index, queries: int) -> WideTile:
-        """Allocate the scratch memory of a tile."""
+    def declare(
+        cls,
+        problem: Problem,
+        at: Operands,
+        start: Index,
+        queries: int,
+        scores: View | None = None,
+        counts: View | None = None,
+    ) -> WideTile:
+        """Allocate the scratch memory of a tile, but for what outlives it."""
         lanes = fewest_lanes(queries, problem.isa)
         vectors = -(-queries // lanes)
         width = lanes * vectors
         return cls(
             problem, at, start, queries, lanes, vectors,
             query=scratch(problem.head_dim, width),
-            scores=scratch(problem.chunk, width),
+            scores=scores or View(scratch(problem.chunk, width)),
             mask=scratch(problem.chunk, width) if problem.by_query else None,
             top=scratch(width), total=scratch(width), shrink=scratch(width),
             keys=Keys(problem.chunk if problem.skip else 1),
             chosen=Keys(problem.chunk if problem.skip else 1),
+            counts=counts,
         )  # fmt: skip
 
     @property
@@ -99,6 +109,11 @@ class WideTile(Tile):
 
     def add_chunk(self, key: Expr, count: Expr) -> None:
         """Emit scores, softmax and weighted sum over ``count`` keys from ``key`` on."""
+        self.add_weights(key, count)
+        self.add_values(key, count)
+
+    def add_weights(self, key: Expr, count: Expr) -> None:
+        """Emit scores and softmax over ``count`` keys from ``key`` on."""
         if self.mask is not None:
             self._transpose_mask(key, count)
         old = registers(self.lanes, self.vectors)
@@ -106,7 +121,6 @@ class WideTile(Tile):
             T.buffer_store(old[v], self.top[self.vector(v)], [ramp(0, self.lanes)])
         self._emit_scores(key, count)
         self._emit_weights(count, old)
-        self._emit_weighted_sum(key, count)
 
     def _transpose_mask(self, key: Expr, count: Expr) -> None:
         mask, last = self.at.mask, self.queries - 1
@@ -148,8 +162,8 @@ class WideTile(Tile):
             for v in range(self.vectors):
                 score = sums[v][i][ramp(0, lanes)] * splat(p.scale, lanes)
                 score = self._masked(score, key, local + i, v)
-                T.buffer_store(self.scores, score, [local + i, self.vector(v)])
-                stored = self.scores[local + i, self.vector(v)]
+                self.scores.store(score, local + i, v * lanes, lanes)
+                stored = self.scores.load(local + i, v * lanes, lanes)
                 top = self.top[self.vector(v)]
                 # NaN is no maximum: it shows up again in the sum.
                 T.buffer_store(self.top, T.Select(stored > top, stored, top), [self.vector(v)])
@@ -183,9 +197,9 @@ class WideTile(Tile):
             return
         with T.serial(T.int64(0), count) as key:
             for v in every:
-                shifted = self.scores[key, self.vector(v)] - top[v][whole[0]]
-                T.buffer_store(self.scores, vector_math.exp(shifted), [key, self.vector(v)])
-                weight = self.scores[key, self.vector(v)]
+                shifted = self.scores.load(key, v * lanes, lanes) - top[v][whole[0]]
+                self.scores.store(vector_math.exp(shifted), key, v * lanes, lanes)
+                weight = self.scores.load(key, v * lanes, lanes)
                 T.buffer_store(total[v], total[v][whole[0]] + weight, whole)
         for v in every:
             T.buffer_store(self.total, total[v][whole[0]], [self.vector(v)])
@@ -202,28 +216,39 @@ class WideTile(Tile):
         self.keys.clear()
         with T.serial(T.int64(0), count) as key:
             flags = [
-                skipping.above(self.scores[key, self.vector(v)], bounds[v][whole[0]], lanes)
+                skipping.above(self.scores.load(key, v * lanes, lanes), bounds[v][whole[0]], lanes)
                 for v in every
             ]
-            flags = flags[0] if len(flags) == 1 else T.max(*flags)
-            self.keys.add(key, skipping.any_lane(flags, lanes))
+            self.keys.add(key, self._wanted(key, flags))
         with T.serial(T.int64(0), self.keys.count) as i:
             key = self.keys.at(i)
             for v in every:
-                score = self.scores[key, self.vector(v)]
+                score = self.scores.load(key, v * lanes, lanes)
                 value = skipping.weight(score, top[v][whole[0]], bounds[v][whole[0]], lanes)
-                T.buffer_store(self.scores, value, [key, self.vector(v)])
-                added = total[v][whole[0]] + self.scores[key, self.vector(v)]
+                self.scores.store(value, key, v * lanes, lanes)
+                added = total[v][whole[0]] + self.scores.load(key, v * lanes, lanes)
                 T.buffer_store(total[v], added, whole)
         for v in every:
             T.buffer_store(self.total, total[v][whole[0]], [self.vector(v)])
+
+    def _wanted(self, key: Expr, flags: list[Expr]) -> Expr:
+        """Return whether a query weighs the key, one flag for each; count those that do."""
+        if self.counts is None:
+            return skipping.any_lane(flags[0] if len(flags) == 1 else T.max(*flags), self.lanes)
+        rest = self.queries % self.lanes
+        if rest:  # further lanes repeat the last query
+            real = T.ramp(0, 1, self.lanes) < T.broadcast(T.int32(rest), self.lanes)
+            flags[-1] = T.Select(real, flags[-1], splat(0.0, self.lanes))
+        number = reduce_lanes(sum(flags[1:], flags[0]), self.lanes, lambda a, b: a + b)
+        self.counts.store(T.cast(number, "int32"), 0, key)
+        return self.counts.load(0, key) > 0
 
     def _finite_top(self, v: int) -> Expr:
         """Return the maximum, 0 for a row that is all -inf so far: -inf - -inf were NaN."""
         new = self.top[self.vector(v)]
         return T.Select(new == splat(-inf, self.lanes), splat(0.0, self.lanes), new)
 
-    def _emit_weighted_sum(self, key: Expr, count: Expr) -> None:
+    def add_values(self, key: Expr, count: Expr) -> None:
         """Emit ``sum_key weight[query, key] * v[key]``, a few queries at a time."""
         for size, group in self._sum_groups():
             full, rest = divmod(self.queries, size)
@@ -265,7 +290,7 @@ class WideTile(Tile):
             j = step if p.skip is None else self.chosen.at(step)
             for i in range(size):
                 for (first, n), totals in zip(columns, sums, strict=True):
-                    weight = spread(self.scores[j, query + i], n)
+                    weight = spread(self.scores.load(j, query + i), n)
                     value = vector_math.fma(
                         weight, v.load(key + j, first, n), totals[i][ramp(0, n)]
                     )
@@ -283,9 +308,9 @@ class WideTile(Tile):
         self.chosen.clear()
         with T.serial(T.int64(0), self.keys.count) as i:
             key = self.keys.at(i)
-            weights = self.scores[key, query]
+            weights = self.scores.load(key, query)
             for other in range(1, size):
-                weights = weights + self.scores[key, query + other]
+                weights = weights + self.scores.load(key, query + other)
             # Weights are not negative, and NaN compares as wanted: neither is left out.
             self.chosen.add(key, T.Not(weights <= T.float32(0)))
 
@@ -316,7 +341,7 @@ def _transpose(
 
     def block(column: Expr, size: int) -> None:
         for row in range(0, tile.width, size):
-            _transpose_square(load, to, row, column, size)
+            transpose_square(load, to, row, column, size)
 
     def rest() -> None:
         at = columns % lanes
@@ -332,23 +357,3 @@ def _transpose(
         return
     with T.If(first + tile.problem.chunk >= columns), T.Then():
         rest()
-
-
-def _transpose_square(load: Load, to: tirx.Buffer, row: int, column: Expr, size: int) -> None:
-    """Transpose ``size`` x ``size`` values in registers, swapping ever smaller quarters."""
-    rows = registers(size, size)
-    for i in range(size):
-        T.buffer_store(rows[i], load(row + i, column, size), [ramp(0, size)])
-    half = size // 2
-    while half:
-        swapped = registers(size, size)
-        for i in (i for i in range(size) if not i & half):
-            low, high = (rows[j][ramp(0, size)] for j in (i, i + half))
-            kept = [j if not j & half else size + (j ^ half) for j in range(size)]
-            gone = [j | half if not j & half else size + j for j in range(size)]
-            for j, picks in ((i, kept), (i + half, gone)):
-                value = tirx.Shuffle([low, high], picks)
-                T.buffer_store(swapped[j], value, [ramp(0, size)])
-        rows, half = swapped, half // 2
-    for i in range(size):
-        T.buffer_store(to, rows[i][ramp(0, size)], [column + i, ramp(row, size)])

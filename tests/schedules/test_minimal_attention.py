@@ -9,11 +9,8 @@ from tests.attention_reference import as_rows, reference
 from tests.kernels import build, call, every_isa, extras, finish
 from tvmstruct.schedules.compute.dense import Epilogue, pack, pack_heads, pad_heads
 from tvmstruct.schedules.x86.attention import Heads
-from tvmstruct.schedules.x86.minimal_attention import (
-    Sizes,
-    Source,
-    minimal_attention,
-)
+from tvmstruct.schedules.x86.minimal_attention import minimal_attention
+from tvmstruct.schedules.x86.minimal_element import Sizes, Source
 from tvmstruct.schedules.x86.packed_dense import panel_width
 from tvmstruct.testing import tolerance
 
