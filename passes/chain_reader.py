@@ -47,7 +47,10 @@ class ChainReader:
     def _read(self, var: relax.Var, value: relax.Expr) -> Chains:
         name = compat.op_name(value)
         if (part := slice_of(self.graph, var)) is not None:
-            return self._each(part.source, lambda x: self._slice(x, part))
+            found = self._each(part.source, lambda x: self._slice(x, part))
+            if isinstance(value, relax.TupleGetItem) and isinstance(value.tuple_value, relax.Var):
+                return {r: _through(x, value.tuple_value) for r, x in found.items()}
+            return found
         if name == "relax.strided_slice":
             return self._each(value.args[0], lambda x: _strided(x, value))
         if name in LAYOUT:

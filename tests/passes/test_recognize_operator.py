@@ -288,10 +288,6 @@ def test_almost_sylvester_is_no_transform():
 class TestTorch:
     """BH4 as people write it in PyTorch, through torch.export and torch.onnx."""
 
-    @pytest.fixture(scope="class")
-    def torch(self):
-        return pytest.importorskip("torch")
-
     def module(self, torch):
         class Projection(torch.nn.Module):
             def __init__(self):
@@ -323,7 +319,8 @@ class TestTorch:
         return Projection().eval()
 
     @pytest.mark.parametrize("way", ["export", "onnx"])
-    def test_projection(self, torch, way, tmp_path):
+    def test_projection(self, way, tmp_path):
+        torch = pytest.importorskip("torch")
         projection = self.module(torch)
         x = torch.from_numpy(models.rng(3).normal(size=(*ROWS, 60)).astype(np.float32))
         if way == "onnx":
