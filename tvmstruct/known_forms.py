@@ -57,49 +57,50 @@ def _leaves(op: Op) -> Iterator[Op]:
 def _as_bh4(op: Op) -> Known | None:
     """Return BH4 with its residual, if it gives what ``op`` gives."""
     inner = [f for f in _list(op) if not isinstance(f, Pad | Slice)]
-    width = next_power_of_two(op.n_in)
     terms = inner[0].terms if len(inner) == 1 and isinstance(inner[0], Sum) else None
     chains = [inner] if terms is None else [_list(t) for t in terms]
     chains.sort(key=len, reverse=True)
+    width = next_power_of_two(op.n_in)
     if not chains[0] or len(chains) > 2 or chains[0][0].n_in != width:
         return None
-    if (read := _read_pairs(chains[0], width)) is None:
-        return None
-    w, scale = read
-    kept = 0.0 if len(chains) == 1 else prod(_scale(f) for f in chains[1])
-    if kept == 1 or w.shape[0] != -(-op.n_out // width):
-        return None
-    if scale != 1 - kept:
-        w = w.copy()
-        w[:, 0] *= w.dtype.type(scale / (1 - kept))
-    made = bh4(w, op.n_in, op.n_out, decay=1 - kept)
-    x = np.random.default_rng(0).standard_normal(op.n_in)
-    want, got = op.apply(x), made.apply(x)
-    if np.abs(got - want).max() > TOLERANCE * np.abs(want).max():
-        return None
-    return Known(
-        made, "bh4", {"b": w.shape[-1], "repeats": w.shape[0], "decay": round(1 - kept, 6)}
-    )
+    kept = 0.0 if len(chains) == 1 else prod(map(_scale, chains[1]))
+    scale = prod(map(_scale, chains[0]))
+    for w in _read_blocks(chains[0], width):
+        if kept == 1 or w.shape[0] != -(-op.n_out // width):
+            continue
+        if scale != 1 - kept:
+            w = w.copy()
+            w[:, 0] *= w.dtype.type(scale / (1 - kept))
+        made = bh4(w, op.n_in, op.n_out, decay=1 - kept)
+        if _agree(op, made):
+            shape = {"b": w.shape[-1], "repeats": w.shape[0], "decay": round(1 - kept, 6)}
+            return Known(made, "bh4", shape)
+    return None
 
 
-def _read_pairs(chain: list[Op], width: int) -> tuple[Array, float] | None:
-    """Return the weights (repeats, 4, blocks, b, b) and the factor of pairs of blocks and H."""
+def _agree(a: Op, b: Op) -> bool:
+    x = np.random.default_rng(0).standard_normal(a.n_in)
+    want, found = a.apply(x), b.apply(x)
+    return bool(np.abs(found - want).max() <= TOLERANCE * np.abs(want).max())
+
+
+def _read_blocks(chain: list[Op], width: int) -> Iterator[Array]:
+    """Yield the weights (repeats, 4, blocks, b, b), as the public code and as the family lay them.
+
+    The first blocks fan out to all repeats; the others go by repeats, then blocks, or the other
+    way round. Transforms between them are not looked at.
+    """
     blocks = [f.w for f in chain if isinstance(f, BlockDiag)]
-    mixed = [f for f in chain if isinstance(f, WalshHadamard) and f.n > 1]
-    if len(blocks) != PAIRS or len(mixed) != PAIRS or any(f.n != width for f in mixed):
-        return None
+    if len(blocks) != PAIRS:
+        return
     count, b, wide = blocks[0].shape
-    repeats = wide // b
-    if (
-        wide % b
-        or count * b != width
-        or any(w.shape != (count * repeats, b, b) for w in blocks[1:])
-    ):
-        return None
+    repeats, left = divmod(wide, b)
+    if left or count * b != width or any(w.shape != (count * repeats, b, b) for w in blocks[1:]):
+        return
     first = blocks[0].reshape(count, b, repeats, b).transpose(2, 0, 1, 3)
-    rest = [w.reshape(repeats, count, b, b) for w in blocks[1:]]
-    w = np.stack([first, *rest], axis=1).swapaxes(-1, -2)
-    return w, prod(_scale(f) for f in chain)
+    for shape, axes in (((repeats, count), (0, 1, 2, 3)), ((count, repeats), (1, 0, 2, 3))):
+        rest = [w.reshape(*shape, b, b).transpose(axes) for w in blocks[1:]]
+        yield np.stack([first, *rest], axis=1).swapaxes(-1, -2)
 
 
 def _scale(op: Op) -> float:
