@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tvmstruct import models
     from tvmstruct.compiler import compile, load
-    from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
+    from tvmstruct.frontends import (
+        Source,
+        from_lookupffn,
+        from_onnx,
+        from_pretrained,
+        from_relax,
+        from_torch,
+        read_lookups,
+    )
+    from tvmstruct.lookup import Lookup
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
     from tvmstruct.profiling import Profile, profile
@@ -30,10 +39,13 @@ _HOME = {
     "compile": "compiler",
     "load": "compiler",
     "Source": "frontends",
+    "from_lookupffn": "frontends",
     "from_onnx": "frontends",
     "from_pretrained": "frontends",
     "from_relax": "frontends",
     "from_torch": "frontends",
+    "read_lookups": "frontends",
+    "Lookup": "lookup",
     "CompiledModel": "model",
     "LayerPlan": "planning",
     "Plan": "planning",
@@ -49,6 +61,7 @@ _HOME = {
 __all__ = [
     "CompiledModel",
     "LayerPlan",
+    "Lookup",
     "Plan",
     "Profile",
     "Report",
@@ -56,6 +69,7 @@ __all__ = [
     "Source",
     "TuneReport",
     "compile",
+    "from_lookupffn",
     "from_onnx",
     "from_pretrained",
     "from_relax",
@@ -63,6 +77,7 @@ __all__ = [
     "load",
     "models",
     "profile",
+    "read_lookups",
     "resolve_target",
     "tune",
 ]
