@@ -136,7 +136,7 @@ def test_layer(convention):
         state["FFN.hash.projection.weight"] *= WIDTH
     x = models.rng(2).normal(size=(9, D)).astype(np.float32)
     source = tvmstruct.from_lookupffn(state, prefix="FFN", convention=convention)
-    model = tvmstruct.compile(source)
+    model = tvmstruct.compile(source.at({"x": x.shape}))
     want = lookup_ffn(x.astype(float), wide(state), "FFN.", convention)
     np.testing.assert_allclose(model(x), want, **BOUND)
     hashed, tables = model.report().layers[-2:]
@@ -178,7 +178,7 @@ def test_encoder(state, tmp_path):
     torch.save({"state_dict": tensors, "epoch": 3}, path)
     source = tvmstruct.from_lookupffn(path, heads=HEADS)
     assert source.limits == {"sequence": PLACES - 2}
-    model = tvmstruct.compile(source, buckets="exact")
+    model = tvmstruct.compile(source.at({"input_ids": (2, 7), "attention_mask": (2, 7)}))
     ids = models.rng(3).integers(0, WORDS, size=(2, 7))
     mask = np.array([[1] * 7, [1] * 4 + [0] * 3])
     want = encode(ids, mask, wide(state), "model.roberta.")
