@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Form, LayerTable, arguments
+from tvmstruct.embeddings import Word2KetXS
+from tvmstruct.layers import Form, Layer, LayerTable, TableForm, arguments
 from tvmstruct.planning import Plan, apply_layer
 from tvmstruct.rewrite import Graph
 
@@ -17,22 +20,42 @@ class ApplyPlan:
 
     name = "apply_plan"
 
-    def __init__(self, table: LayerTable, forms: dict[str, Form], plan: Plan) -> None:
+    def __init__(
+        self,
+        table: LayerTable,
+        forms: dict[str, Form],
+        plan: Plan,
+        tables: Mapping[str, TableForm] | None = None,
+    ) -> None:
         self.table, self.forms, self.plan = table, forms, plan
+        self.tables = {} if tables is None else tables
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the structured layer, or None where the plan does not name it."""
         layer = self.table.layer(call)
         if layer is None or not isinstance(layer.op, ops.Dense):
             return None
-        entry = self.plan.lookup(layer.names[0])
-        if entry is None:
-            return None
         form = self.forms.get(layer.key)
-        if form is None:
-            fit = apply_layer(entry, layer.op.w)
-            form = Form(fit.op, fit.family, fit.parameters, fit.error, "planned")
+        if form is None or form.form == "dense":
+            form = self._form(layer, layer.op.w)
+            if form is None:
+                return None
             self.forms[layer.key] = form
         shape = compat.static_shape(call)
         assert shape is not None
         return self.table.call(replace(layer, op=form.op), arguments(call), shape)
+
+    def _form(self, layer: Layer, w: np.ndarray) -> Form | None:
+        """Return what the plan asks for; of a table that is looked up too, what that became."""
+        tied = self.tables.get(layer.names[0])
+        if tied is not None and isinstance(tied.table, Word2KetXS):
+            op = tied.table.operator
+            op = ops.transpose(op) if layer.transposed else op
+            if (op.n_in, op.n_out) == w.shape:
+                reason = f"{tied.reason}; tied: the factors of the embedding"
+                return Form(op, tied.form, tied.parameters, tied.error, reason)
+        entry = self.plan.lookup(layer.names[0])
+        if entry is None:
+            return None
+        fit = apply_layer(entry, w)
+        return Form(fit.op, fit.family, fit.parameters, fit.error, "planned")

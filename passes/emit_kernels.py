@@ -12,6 +12,7 @@ from tvm import relax
 from tvmstruct import compat, ops
 from tvmstruct.layers import (
     Attention,
+    Embedding,
     FeedForward,
     HashTables,
     Layer,
@@ -26,6 +27,7 @@ from tvmstruct.layers import (
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
+from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.compute.low_precision import pair_vectors
 from tvmstruct.schedules.registry import Kernel
@@ -202,6 +204,25 @@ class EmitKernels:
     @_kernel.register
     def _(self, node: LayerNorm, args, shape):
         return self.kernels.layer_norm(node.n, node.epsilon), args
+
+    @_kernel.register
+    def _(self, node: Embedding, args, shape):
+        given, found = iter(args), list[relax.Expr]()
+        for name, term in zip(node.names, node.total.terms, strict=True):
+            found += [next(given)] if isinstance(term, Rows) else self._packed_table(name, node)
+            found += [next(given)] if term.ids else []
+        return self.kernels.embedding_rows(node.total), [*found, *given]
+
+    def _packed_table(self, name: str, node: Embedding) -> list[relax.Expr]:
+        """Return the factors or the leaves of a table."""
+        table = node.table
+        assert table is not None
+        packed = cache(lambda: pack_table(table))
+        count = next(len(t.steps) for t in node.total.terms if isinstance(t, Tensors))
+        return [
+            relax.const(self.store.tensor(f"{name}#table{i}", lambda i=i: packed()[i]))
+            for i in range(count)
+        ]
 
 
 def static_tables(node: HashTables) -> Tables:

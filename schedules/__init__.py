@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
@@ -111,6 +112,10 @@ class Kernels(Protocol):
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation."""
+        ...
+
+    def embedding_rows(self, total: EmbeddingSum) -> Kernel:
+        """Return a sum of embedding rows."""
         ...
 
     def schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -77,5 +77,9 @@ def fma(a, b, c, lanes: int, fused: bool):
     if not fused:
         return a * b + c
     return T.call_llvm_pure_intrin(
-        T.llvm_lookup_intrinsic_id("llvm.fma"), a, b, c, dtype=f"float32x{lanes}"
+        T.llvm_lookup_intrinsic_id("llvm.fma"),
+        a,
+        b,
+        c,
+        dtype="float32" if lanes == 1 else f"float32x{lanes}",
     )

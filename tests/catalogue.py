@@ -117,6 +117,8 @@ EVEN = [
     Case("bh4", (32, 16), {"b": 8, "decay": 0.5}),
     *_both("monarch", (24, 36), b=4, r=1),
     Case("monarch", (36, 24), {"b": 3}),
+    *_both("word2ket_xs", (27, 64), order=3, r=2),
+    *_both("word2ket_xs", (36, 25), order=2, r=3),
 ]
 EVEN.remove(Case("kronecker", (36, 24), {"r": 2, "a": (4, 9), "b": (6, 4)}))
 EVEN.append(Case("kronecker", (36, 24), {"r": 2, "a": (9, 2), "b": (4, 12)}))
@@ -132,6 +134,9 @@ RAGGED = [
     *_both("low_rank_lgp", (23, 31), g=3, r=4),
     *_both("bh4", (13, 37), b=4),
     *_both("monarch", (23, 31), b=4, r=2),
+    *_both("word2ket_xs", (23, 31), order=2, r=2),
+    *_both("word2ket_xs", (23, 31), order=3, r=2),
+    Case("word2ket_xs", (70, 16), {"order": 4, "r": 2}),
 ]
 
 CASES = EVEN + RAGGED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -25,6 +26,18 @@ CASES = {
     "bert, layers alone": f"bert?{SMALL}&layers=2&embeddings=false",
     "transformer": f"transformer?{SMALL}&layers=2&vocabulary=50",
     "transformer, layers alone": f"transformer?{SMALL}&layers=1&embeddings=false",
+    "bert, factored": f"bert?{SMALL}&layers=1&vocabulary=150&form=kronecker&r=2&r_embedding=3",
+    "transformer, factored": f"transformer?{SMALL}&layers=1&vocabulary=150&target_vocabulary=131"
+    "&form=kronecker&r=3&r_embedding=2&order=3",
+    "bert, phm": f"bert?{SMALL}&layers=1&embeddings=false&form=phm&r=4",
+    "t5": f"t5?{SMALL}&layers=1&vocabulary=50",
+    "t5, factored": f"t5?{SMALL}&layers=1&vocabulary=150&form=kronecker&r=2&r_embedding=3"
+    "&attention_bias=true",
+    "embedding": "embedding?hidden=13&seq=5&vocabulary=50",
+    "embedding, factored": "embedding?hidden=13&seq=5&vocabulary=650&form=kronecker&order=4"
+    "&r_embedding=2",
+    "memory network, factored": "memory-network?keys=131&hidden=64&answers=36&queries=3"
+    "&form=kronecker&r=2",
     "memory network": "memory-network?keys=131&hidden=24&answers=17&queries=3",
     "memory network, stored": "memory-network?keys=131&hidden=24&answers=17&stored=true",
 }
@@ -45,14 +58,38 @@ class Reference:
         self.config, self.arrays = config, arrays
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        run = {"bert": self.bert, "transformer": self.transformer, "memory-network": self.memory}
+        run = {
+            "bert": self.bert,
+            "transformer": self.transformer,
+            "memory-network": self.memory,
+            "t5": T5Reference(self).t5,
+            "embedding": lambda inputs: self.table("embeddings.weight")[inputs["input_ids"]],
+        }
         return run[self.config.name](inputs)
 
     def get(self, name: str) -> np.ndarray:
         return self.arrays[name].astype(np.float64)
 
+    def matrix(self, name: str, n_in: int, n_out: int) -> np.ndarray:
+        """Return a weight, or the sum of the Kronecker products of its factors, cropped."""
+        if name in self.arrays:
+            return self.get(name)
+        a, b, r = self.get(f"{name}.a"), self.get(f"{name}.b"), self.config.r
+        terms = zip(np.split(a, r), np.moveaxis(b.reshape(len(b), -1, r), 2, 0), strict=True)
+        return sum(np.kron(x, y) for x, y in terms)[:n_in, :n_out]
+
+    def table(self, name: str) -> np.ndarray:
+        """Return a table, or the rows that its word2ketXS factors span, not cropped in rows."""
+        if name in self.arrays:
+            return self.get(name)
+        factors = [self.get(f"{name}.{j}") for j in range(self.config.order)]
+        factors = [np.moveaxis(f, 2, 0) for f in factors[:-1]] + [np.moveaxis(factors[-1], 1, 0)]
+        terms = (functools.reduce(np.kron, term) for term in zip(*factors, strict=True))
+        return sum(terms)[:, : self.config.hidden]
+
     def dense(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x @ self.get(f"{name}.weight") + self.get(f"{name}.bias")
+        bias = self.get(f"{name}.bias")
+        return x @ self.matrix(f"{name}.weight", x.shape[-1], bias.size) + bias
 
     def norm(self, x: np.ndarray, name: str, epsilon: float) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
@@ -76,7 +113,7 @@ class Reference:
     def bert(self, inputs) -> np.ndarray:
         x = inputs.get("hidden")
         if x is None:
-            x = self.get("embeddings.word_embeddings.weight")[inputs["input_ids"]]
+            x = self.table("embeddings.word_embeddings.weight")[inputs["input_ids"]]
             x = x + self.get("embeddings.token_type_embeddings.weight")[inputs["token_type_ids"]]
             x = x + self.get("embeddings.position_embeddings.weight")[: x.shape[1]]
             x = self.norm(x, "embeddings.LayerNorm", 1e-12)
@@ -95,7 +132,11 @@ class Reference:
 
     def transformer(self, inputs) -> np.ndarray:
         if self.config.embeddings:
-            x, y = (self.embed(inputs[name]) for name in ("input_ids", "decoder_input_ids"))
+            names = ["shared"] * 2
+            if self.config.target_vocabulary is not None:
+                names = ["encoder.embed_tokens", "decoder.embed_tokens"]
+            ids = [inputs[name] for name in ("input_ids", "decoder_input_ids")]
+            x, y = (self.embed(i, f"{n}.weight") for i, n in zip(ids, names, strict=True))
         else:
             x, y = inputs["hidden"], inputs["decoder_hidden"]
         keep = inputs["attention_mask"][:, None, :] == 1
@@ -111,10 +152,10 @@ class Reference:
             y = self.fed_forward(y, at)
         return y
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
+    def embed(self, ids: np.ndarray, words: str) -> np.ndarray:
         """Words times sqrt(d), plus sin(p / 10000^(2i/d)) and cos in turns."""
         d = self.config.hidden
-        x = self.get("shared.weight")[ids] * np.sqrt(d)
+        x = self.table(words)[ids] * np.sqrt(d)
         for p in range(ids.shape[1]):
             for i in range(0, d, 2):
                 angle = p / 10000 ** (i / d)
@@ -141,6 +182,84 @@ class Reference:
         return softmax(self.dense(u, "answer"))
 
 
+class T5Reference:
+    """T5 (Raffel et al.): norms by the mean square before each layer, unscaled scores."""
+
+    def __init__(self, model: Reference) -> None:
+        self.model, self.config = model, model.config
+
+    def dense(self, x: np.ndarray, name: str, n_out: int) -> np.ndarray:
+        y = x @ self.model.matrix(f"{name}.weight", x.shape[-1], n_out)
+        bias = f"{name}.bias"
+        return y + self.model.get(bias) if bias in self.model.arrays else y
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        size = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x / size * self.model.get(f"{name}.weight")
+
+    def t5(self, inputs) -> np.ndarray:
+        words = self.model.table("shared.weight")
+        x, y = words[inputs["input_ids"]], words[inputs["decoder_input_ids"]]
+        keep = inputs["attention_mask"][:, None, :] == 1
+        causal = np.tril(np.ones((1, y.shape[1], y.shape[1]), bool))
+        near = self.distances("encoder", x.shape[1], both=True)
+        for i in range(self.config.layers):
+            at = f"encoder.block.{i}.layer"
+            x = x + self.attend(x, None, keep, near, f"{at}.0", "SelfAttention")
+            x = x + self.feed_forward(x, f"{at}.1")
+        x = self.norm(x, "encoder.final_layer_norm")
+        near = self.distances("decoder", y.shape[1], both=False)
+        for i in range(self.config.layers):
+            at = f"decoder.block.{i}.layer"
+            y = y + self.attend(y, None, causal, near, f"{at}.0", "SelfAttention")
+            nowhere = np.zeros((self.config.heads, 1, 1))
+            y = y + self.attend(y, x, keep, nowhere, f"{at}.1", "EncDecAttention")
+            y = y + self.feed_forward(y, f"{at}.2")
+        return self.norm(y, "decoder.final_layer_norm")
+
+    def attend(self, x, memory, keep, near, at: str, kind: str) -> np.ndarray:
+        d, size = self.config.hidden, self.config.hidden // self.config.heads
+        inner = self.norm(x, f"{at}.layer_norm")
+        sources = {"q": inner, "k": inner, "v": inner}
+        if memory is not None:
+            sources |= {"k": memory, "v": memory}
+        made = {n: self.dense(s, f"{at}.{kind}.{n}", d) for n, s in sources.items()}
+        heads = []
+        for h in range(self.config.heads):
+            q, k, v = (part[..., h * size : (h + 1) * size] for part in made.values())
+            scores = q @ k.swapaxes(1, 2) + near[h]
+            heads.append(softmax(np.where(keep, scores, -np.inf)) @ v)
+        return self.dense(np.concatenate(heads, -1), f"{at}.{kind}.o", d)
+
+    def feed_forward(self, x: np.ndarray, at: str) -> np.ndarray:
+        inner = self.norm(x, f"{at}.layer_norm")
+        wide = np.maximum(self.dense(inner, f"{at}.DenseReluDense.wi", self.config.ffn), 0)
+        return self.dense(wide, f"{at}.DenseReluDense.wo", self.config.hidden)
+
+    def distances(self, stack: str, length: int, *, both: bool) -> np.ndarray:
+        """Return (heads, queries, keys) by the logarithmic buckets of the paper's code."""
+        name = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        table = self.model.get(name)
+        out = np.empty((self.config.heads, length, length))
+        for q in range(length):
+            for k in range(length):
+                out[:, q, k] = table[relative_bucket(k - q, both=both)]
+        return out
+
+
+def relative_bucket(ahead: int, *, both: bool, buckets: int = 32, farthest: int = 128) -> int:
+    """Return the bucket of a key that lies ``ahead`` of its query."""
+    first, distance = 0, max(-ahead, 0)
+    if both:
+        buckets //= 2
+        first, distance = (buckets if ahead > 0 else 0), abs(ahead)
+    exact = buckets // 2
+    if distance < exact:
+        return first + distance
+    steps = np.log(distance / exact) / np.log(farthest / exact) * (buckets - exact)
+    return first + min(exact + int(steps + 1e-9), buckets - 1)
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -162,10 +281,49 @@ def test_numbers_are_those_of_the_paper_and_of_onnx_runtime(text):
     assert forms == ["attention"] * attentions(config)  # every one fused
 
 
+def test_distances_of_t5_share_buckets_beyond_the_shorter_ones():
+    pytest.importorskip("onnxruntime")
+    config = models.parse("t5?hidden=16&heads=2&ffn=24&seq=150&layers=1&vocabulary=50")
+    model, inputs = models.build(config, seed=4), config.inputs()
+    want = Reference(config, arrays_of(model))(inputs)
+    np.testing.assert_allclose(run_onnx(model, inputs)[0], want, **tolerance("float32", 16))
+
+
 def attentions(config: models.Config) -> int:
     """Return how many attentions a model has: a decoder layer has two."""
-    counts = {"bert": 1, "transformer": 3}
-    return config.hops if config.name == "memory-network" else config.layers * counts[config.name]
+    counts = {"bert": 1, "transformer": 3, "t5": 3}
+    if config.name not in counts:
+        return config.hops if config.name == "memory-network" else 0
+    return config.layers * counts[config.name]
+
+
+def test_a_factored_model_holds_no_matrix():
+    config = small("bert", layers=1, vocabulary=900, form="kronecker", r=2, r_embedding=3)
+    model = tvmstruct.compile(models.source(config), buckets="exact")
+    model.run(config.inputs())
+    layers = {x.name: x for x in model.report().layers if x.form == "kronecker"}
+    assert len(layers) == 6
+    query = layers["encoder.layer.0.attention.self.query.weight"]
+    assert (query.shape, query.params) == ((32, 32), 2 * 2 * 6 * 6)
+    (words,) = (x for x in model.report().layers if x.form == "word2ket_xs")
+    assert (words.name, words.params) == ("embeddings.word_embeddings.weight", 2 * 3 * 30 * 6)
+    (bucket,) = (b for key, b in model.buckets.items() if key[0] == (1, 7))
+    largest = max(weight.numpy().size for weight in bucket.weights)
+    assert largest <= max(512 * 32, 30 * 6 * 3)  # positions, which stay dense; a factor of words
+    assert sum(w.numpy().size for w in bucket.weights) < 32 * 900
+
+
+def test_ids_over_the_vocabulary_are_refused_where_factors_have_rows_for_more():
+    config = models.parse("embedding?hidden=13&seq=5&vocabulary=50&form=kronecker&r_embedding=1")
+    assert config.storage.table(50, 13) == (8, 4)
+    source = models.source(config)
+    assert source.token_inputs == {"input_ids": 50}
+    read = tvmstruct.from_onnx(models.build(config))
+    assert read.token_inputs == {"input_ids": 64}  # a file does not say more
+    model = tvmstruct.compile(source, buckets="exact")
+    assert model(np.full((1, 2), 49)).shape == (1, 2, 13)
+    with pytest.raises(InputError, match="ids must be 0 to 49"):
+        model(np.full((1, 2), 50))
 
 
 def test_padding_of_the_source_changes_nothing():
@@ -196,6 +354,17 @@ def test_the_command_line_runs_them(capsys):
     assert not exit_info.value.code
     (output,) = json.loads(capsys.readouterr().out)["outputs"]
     assert (output["name"], output["shape"]) == ("last_hidden_state", [1, 7, 32])
+
+
+def test_the_report_counts_parameters_by_part(capsys):
+    model = "random:embedding?form=kronecker&order=4&r_embedding=1&seq=3"
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["report", model, *options])
+        assert not exit_info.value.code
+    table, _, found = capsys.readouterr().out.partition("{")
+    assert "norms and biases included: total 380, embedding 380" in table
+    assert json.loads("{" + found)["counts"] == {"total": 380, "embedding": 380}
 
 
 def test_batch_and_lengths_are_dynamic():
@@ -241,7 +410,7 @@ def test_the_memory_is_one_input_and_is_not_copied():
 
 
 def test_base_sizes_are_those_of_table_iv():
-    memory, transformer, bert = map(models.config, models.MODELS)
+    memory, transformer, bert, *_ = map(models.config, models.MODELS)
     assert (memory.hidden, memory.hops, memory.queries) == (64, 3, 1)
     for config in (transformer, bert):
         sizes = (config.seq, config.hidden, config.ffn, config.hidden // config.heads)
@@ -268,7 +437,7 @@ def test_a_variant_is_four_times_one_size():
 
 def test_every_name_fits_into_one_message():
     names = list(models.names())
-    assert len(names) == len(set(names)) == 11
+    assert len(names) == len(set(names)) == 18 + len(models.PRESETS)
     assert all(4 * models.config(name).params < MOST_BYTES for name in names)
 
 
@@ -325,6 +494,13 @@ def test_inputs_are_random_reproducible_and_in_range():
         (lambda: models.config("bert", heads=3), "no multiple of heads 3; heads=2 would divide"),
         (lambda: models.config("transformer", heads=7), "no multiple of heads 7; heads=4"),
         (lambda: models.config("transformer", hidden=9, heads=3), "hidden 9 is odd"),
+        (lambda: models.parse("bert?form=tensor"), "form is 'tensor', want one of dense, kron"),
+        (lambda: models.parse("bert?form=kronecker&order=7"), "order is 7, want 2 to 6"),
+        (lambda: models.parse("bert?r=0"), "r is 0, want an integer of 1 or more"),
+        (
+            lambda: models.build(models.parse("bert?form=phm&r=3")),
+            "1024x1024 .* not split into r",
+        ),
         (lambda: models.config("memory-network-f4x"), "memory-network has no feed-forward size"),
         (lambda: models.config("bert").scaled("depth", 4), "unknown axis 'depth'; known: seq"),
         (lambda: models.config("bert").scaled("seq", 0), "seq is 0"),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvmstruct import models
+    from tvmstruct import embeddings, models
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import (
         Source,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         from_torch,
         read_lookups,
     )
+    from tvmstruct.frontends.word2ket import from_word2ket
     from tvmstruct.lookup import Lookup
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
@@ -46,6 +47,7 @@ _HOME = {
     "from_torch": "frontends",
     "read_lookups": "frontends",
     "Lookup": "lookup",
+    "from_word2ket": "frontends.word2ket",
     "CompiledModel": "model",
     "LayerPlan": "planning",
     "Plan": "planning",
@@ -58,6 +60,8 @@ _HOME = {
     "tune": "tuning",
 }
 
+_MODULES = ("embeddings", "models")
+
 __all__ = [
     "CompiledModel",
     "LayerPlan",
@@ -69,11 +73,13 @@ __all__ = [
     "Source",
     "TuneReport",
     "compile",
+    "embeddings",
     "from_lookupffn",
     "from_onnx",
     "from_pretrained",
     "from_relax",
     "from_torch",
+    "from_word2ket",
     "load",
     "models",
     "profile",
@@ -85,13 +91,13 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: ``--help`` must not wait for TVM."""
-    if name not in _HOME and name != "models":
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'tvmstruct' has no attribute {name!r}")
     from tvmstruct.threads import configure
 
     configure()  # TVM reads its thread variables once, so before anything imports it
-    if name == "models":
-        return importlib.import_module("tvmstruct.models")
+    if name in _MODULES:
+        return importlib.import_module(f"tvmstruct.{name}")
     target = "resolve" if name == "resolve_target" else name
     value = getattr(importlib.import_module(f"tvmstruct.{_HOME[name]}"), target)
     globals()[name] = value

@@ -18,7 +18,9 @@ from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
 
 if TYPE_CHECKING:
-    from tvmstruct.models import Config
+    from tvmstruct.energy_report import EnergyReport
+    from tvmstruct.models import Config, Counts
+    from tvmstruct.report import Report
     from tvmstruct.sentence import Spec
     from tvmstruct.skip_analysis import SkipStatistics
 
@@ -75,6 +77,15 @@ Measure = Annotated[
     bool,
     typer.Option(
         "--measure", help="Time each layer on random data; with --skip, say what it does."
+    ),
+]
+EnergyOption = Annotated[
+    bool, typer.Option("--energy", help="Estimate the bytes that a call moves and their energy.")
+]
+CachesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="L1,L2,L3", help="With --energy, such as 48K,2M,32M; default: this CPU's."
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: all cores.")]
@@ -219,11 +230,15 @@ def report(
     memory: Memory = "auto",
     skip: SkipOption = None,
     measure: Measure = False,
+    energy: EnergyOption = False,
+    caches: CachesOption = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Say for every layer of MODEL what it became, what it costs, and why."""
     _check_folder(html)
+    if energy and model.compiled:
+        raise typer.BadParameter(f"{model} does not know what it moves; give its .onnx file")
     compiled = _open(model, target, plan, threads, precision, **chosen(model, skip, memory))
     skipped: dict[str, SkipStatistics] = {}
     if not model.compiled:
@@ -235,16 +250,52 @@ def report(
     if html is not None:
         title = f"<!doctype html><meta charset=utf-8><title>{Path(model.text).name}</title>"
         html.write_text(title + found._repr_html_(), encoding="utf-8")
-    if as_json and skipped:
-        more = {"skip": {name: asdict(statistics) for name, statistics in skipped.items()}}
-        _print_json(json.loads(found.to_json()) | more)
-    elif as_json:
-        typer.echo(found.to_json())
-    else:
-        found.show()
+    moved = _energy(compiled, caches, threads) if energy else None
+    _show_report(found, _counts(model), moved, skipped, as_json=as_json)
+
+
+def _show_report(
+    found: Report,
+    counts: Counts | None,
+    moved: EnergyReport | None,
+    skipped: Mapping[str, SkipStatistics],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the table of layers and what else was asked for."""
+    if as_json:
+        more: dict[str, Any] = {} if counts is None else {"counts": counts.rows()}
+        if moved is not None:
+            more["energy"] = json.loads(moved.to_json())
         if skipped:
-            _print_table(skip_rows(skipped))
-            typer.echo(LEGEND)
+            more["skip"] = {name: asdict(statistics) for name, statistics in skipped.items()}
+        _print_json(json.loads(found.to_json()) | more)
+        return
+    found.show()
+    if counts is not None:
+        typer.echo(f"parameters, norms and biases included: {counts}")
+    if moved is not None:
+        moved.show()
+    if skipped:
+        _print_table(skip_rows(skipped))
+        typer.echo(LEGEND)
+
+
+def _energy(compiled: Any, caches: str | None, threads: int | None) -> EnergyReport:
+    """Return the energy report of the shapes that were compiled last."""
+    from tvmstruct.caches import parse_caches
+
+    known = None if caches is None else parse_caches(caches, threads or compiled.spec.threads)
+    return compiled.energy(caches=known)
+
+
+def _counts(model: ModelArgument) -> Counts | None:
+    """Return the parameters of a built-in model by part."""
+    if model.config is None:
+        return None
+    from tvmstruct import models
+
+    return models.count(model.config)
 
 
 @app.command(

@@ -15,6 +15,7 @@ from tvmstruct.buckets import Policy
 from tvmstruct.database import selector
 from tvmstruct.errors import InputError, PlanError
 from tvmstruct.frontends import Source, as_source
+from tvmstruct.layers import TableForm
 from tvmstruct.model import Bucket, CompiledModel
 from tvmstruct.planning import Plan
 from tvmstruct.schedules.x86 import X86Kernels
@@ -113,6 +114,7 @@ class Compiler:
         self.source = source
         self.session = new_session(spec, plan, precision, memory, skip)
         self.session.select = selector(database, spec)
+        self.session.tables |= {n: TableForm.given(t) for n, t in source.tables.items()}
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
 
@@ -145,7 +147,7 @@ class Compiler:
         return list({id(lib): lib for s in lowered.kernels if (lib := self.libraries[s])}.values())
 
     def _check_plan(self) -> None:
-        planned, found = set(self.session.plan), set()
+        planned, found = set(self.session.plan), set(self.session.tables)
         for key in self.session.forms:
             found.add(key.removesuffix("^T"))
         if missing := planned - found:

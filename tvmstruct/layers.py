@@ -14,7 +14,9 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
+from tvmstruct.embeddings import TensorTable
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.embedding import EmbeddingSum
 
 PREFIX = "tvmstruct.layer."
 
@@ -146,6 +148,25 @@ class HashTables:
         return Epilogue(self.bias is not None, "none", self.residual, self.norm)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """A sum of rows looked up in tables, normalised where ``total`` says so.
+
+    ``names`` are those of the tables in the source, "" for rows that are none; ``table`` is what
+    the one term made of tensor products looks up. Arguments are, term by term, the dense table
+    and the ids, as far as it has them, then scale and shift of the normalisation.
+    """
+
+    total: EmbeddingSum
+    names: tuple[str, ...]
+    table: TensorTable | None = None
+
+    @property
+    def record(self) -> str:
+        """The name of its line in the report."""
+        return f"embedding.{next(filter(None, self.names))}"
+
+
 @dataclass
 class Form:
     """What a weight became, decided once per weight and kept for every bucket."""
@@ -159,8 +180,32 @@ class Form:
     bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
+@dataclass(frozen=True)
+class TableForm:
+    """What an embedding table of the source became, decided once for every bucket."""
+
+    table: TensorTable
+    form: str
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    error: float = 0.0
+    reason: str = ""
+
+    @classmethod
+    def given(cls, table: TensorTable) -> TableForm:
+        """Return the form of a table that came with the source."""
+        parameters = {"order": len(table.sides), "r": table.rank}
+        return cls(table, table.family, parameters, reason="given with the source")
+
+
 Node = (
-    Layer | FeedForward | Attention | ProjectedAttention | MinimalAttention | HashTables | LayerNorm
+    Layer
+    | FeedForward
+    | Attention
+    | ProjectedAttention
+    | MinimalAttention
+    | HashTables
+    | LayerNorm
+    | Embedding
 )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 
-from tvmstruct.layers import Attention, HashTables, Node, weights_of
+from tvmstruct.layers import Attention, Embedding, HashTables, Node, weights_of
 
 if TYPE_CHECKING:
     from tvmstruct.model import Bucket
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REPEATS = 5  # medians over so many timings, each of at least MIN_MS
 MIN_MS = 2
+IDS = 1 << 15  # ids up to here; beyond its table's end an id reads the last row
 WORD = 0x3F803F80  # packed weights: twice 1 in bfloat16, or four bytes
 
 
@@ -32,8 +33,10 @@ def measure_layers(bucket: Bucket) -> dict[str, float]:
         if isinstance(call.node, Attention):
             times[f"attention.{attentions}"] = cache[key]
             attentions += 1
-        elif isinstance(call.node, HashTables):
+        if isinstance(call.node, HashTables):
             times[call.node.names[0]] += cache[key]
+        if isinstance(call.node, Embedding):
+            times[call.node.record] += cache[key]
         for name, share in _shares(call.node).items():
             times[name] += cache[key] * share
     return dict(times)
@@ -55,9 +58,11 @@ def _seconds(bucket: Bucket, call: KernelCall) -> float:
 
 
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Return data for timing: uniform floats, and packed words without denormal numbers."""
+    """Return data for timing: uniform floats, ids, and packed words without denormal numbers."""
     if dtype == "float32":
         return rng.random(shape, np.float32)
+    if dtype == "int64":
+        return rng.integers(0, IDS, shape)
     return np.full(shape, WORD, dtype)  # random bits would hold denormal numbers and NaN
 
 

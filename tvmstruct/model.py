@@ -27,7 +27,9 @@ from tvmstruct.targets import TargetSpec, check_runs_here, host_features
 
 if TYPE_CHECKING:
     from tvmstruct.artifact import Artifact
+    from tvmstruct.caches import Caches
     from tvmstruct.compiler import Compiler
+    from tvmstruct.energy_report import EnergyReport
     from tvmstruct.footprint import Footprint
     from tvmstruct.pipeline import Lowered
     from tvmstruct.skip_analysis import SkipStatistics
@@ -337,6 +339,27 @@ class CompiledModel:
         if lowered is None:
             raise InputError("a loaded model does not know its memory plan; compile its source")
         return lowered.footprint
+
+    def energy(self, shapes: Shapes | None = None, caches: Caches | None = None) -> EnergyReport:
+        """Return what one call moves, by kernel and memory level, and an estimate of its energy.
+
+        At input shapes, compiled if need be, or those that were compiled last; ``caches`` are
+        this machine's if not given. The result says what it assumes.
+
+        Raises InputError as `footprint` does, and where nothing is compiled yet.
+        """
+        from tvmstruct.caches import host_caches
+        from tvmstruct.energy_report import energy_report
+
+        if shapes is not None:
+            bucket = self._bucket(self._sizes(self._checked_shapes(shapes)))
+        elif (bucket := next(reversed(self.buckets.values()), None)) is None:
+            raise InputError("energy: nothing is compiled yet; give the shapes of the inputs")
+        if bucket.lowered is None:
+            raise InputError("a loaded model does not know what it moves; compile its source")
+        caches = caches or host_caches(self.threads or self.spec.threads)
+        at = " ".join(dict.fromkeys("x".join(map(str, s)) for s in bucket.shapes))
+        return energy_report(bucket.lowered, caches, at)
 
     def _memory(self) -> tuple[str, ...]:
         """Return a note on the memory of the bucket that was compiled last."""

@@ -15,23 +15,27 @@ from tvm.script.ir_builder import tirx as T
 from tvmstruct import compat
 from tvmstruct.footprint import Footprint, footprint
 from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
-from tvmstruct.layers import Form, LayerTable
+from tvmstruct.layers import Form, LayerTable, TableForm
 from tvmstruct.passes.apply_plan import ApplyPlan
 from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
 from tvmstruct.passes.choose_precision import ChoosePrecision
 from tvmstruct.passes.clip_gathers import ClipGathers
 from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall, Select, keep_default
 from tvmstruct.passes.fuse_attention import FuseAttention
+from tvmstruct.passes.fuse_embedding import FuseEmbedding
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
+from tvmstruct.passes.plan_embedding import PlanEmbedding
 from tvmstruct.passes.project_attention import ProjectAttention
+from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recognize_lookup import RecognizeLookup
 from tvmstruct.passes.recognize_operator import RecognizeOperator
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
+from tvmstruct.passes.recognize_word2ket import RecognizeWord2Ket
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
@@ -59,7 +63,8 @@ class Session:
     plan: Plan = field(default_factory=Plan)
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
-    tables: dict[str, np.ndarray] = field(default_factory=dict)  # of lookups, in our order of bits
+    tables: dict[str, TableForm] = field(default_factory=dict)
+    lookups: dict[str, np.ndarray] = field(default_factory=dict)  # tables in our order of bits
     select: Select = keep_default
     precision: str = "f32"
     memory: str = "auto"
@@ -89,8 +94,8 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     table, log = LayerTable(), Log()
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
-    layers = layer_records(mod, table, session.forms, names)
-    for rule in _fuse(table, session):
+    layers = layer_records(mod, table, session.forms, names, session.tables)
+    for rule in _fuse(table, names, session):
         mod = apply_rule(mod, rule, log)
     layers += [*fused_records(mod, table, session.skip), *refused_records(log)]
     emit = EmitKernels(table, session.kernels, session.store, session.select)
@@ -110,16 +115,19 @@ def _find_layers(
     table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
 ) -> Iterator[Rule]:
     yield ClipGathers()
-    yield RecognizeLookup(table, names, session.tables)
+    yield RecognizeLookup(table, names, session.lookups)
     yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
-    yield ApplyPlan(table, session.forms, session.plan)
+    yield RecognizeKronecker(table, session.forms)
+    yield RecognizeWord2Ket(table, session.tables, names)
+    yield PlanEmbedding(table, session.tables, session.plan, names)
+    yield ApplyPlan(table, session.forms, session.plan, session.tables)
     yield RecoverStructure(table, session.forms, stored)
     yield ChoosePrecision(table, session.forms, session.kernels, session.precision)
 
 
-def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
+def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:
     yield RecognizeSoftmax()
     partitioned = session.memory != "baseline"
     if partitioned:
@@ -131,6 +139,7 @@ def _fuse(table: LayerTable, session: Session) -> Iterator[Rule]:
         yield SimplifyLayout()
     if session.memory != "minimal":  # one head's share of q, k and v is made at a time there
         yield MergeSharedInput(table)
+    yield FuseEmbedding(table, names)
     yield FuseLayerNorm(table)
     yield SimplifyLayout()
     if session.memory == "minimal":

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tvmstruct.embeddings import TensorTable, nearest_table
 from tvmstruct.errors import PlanError
 from tvmstruct.families import FAMILIES, Family
 from tvmstruct.fit import Fit
@@ -95,8 +97,21 @@ class Plan(Mapping[str, LayerPlan]):
 
 def apply_layer(layer_plan: LayerPlan, w: Array) -> Fit:
     """Return the member of the planned family that is nearest to ``w`` (n_in, n_out)."""
-    try:
+    with _named(layer_plan):
         return FAMILIES[layer_plan.family].nearest(w, **layer_plan.parameters)
+
+
+def apply_table(layer_plan: LayerPlan, w: Array) -> tuple[TensorTable, Fit]:
+    """Return the planned table nearest to ``w`` (vocabulary, dimension), and how near it is."""
+    with _named(layer_plan):
+        return nearest_table(layer_plan.family, w, **layer_plan.parameters)
+
+
+@contextmanager
+def _named(layer_plan: LayerPlan) -> Iterator[None]:
+    """Say which layer of the plan a ``ValueError`` is about."""
+    try:
+        yield
     except ValueError as error:
         raise PlanError(
             f"plan, layer {layer_plan.layer!r}: {error}; "

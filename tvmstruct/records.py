@@ -11,6 +11,7 @@ from tvm import relax
 from tvmstruct import compat
 from tvmstruct.layers import (
     Attention,
+    Embedding,
     FeedForward,
     Form,
     HashTables,
@@ -18,6 +19,7 @@ from tvmstruct.layers import (
     LayerTable,
     MinimalAttention,
     ProjectedAttention,
+    TableForm,
     arguments,
 )
 from tvmstruct.lookup import entries
@@ -28,23 +30,36 @@ from tvmstruct.skipping import Skip
 REFUSALS = (
     "canonicalize_dense",
     "fuse_attention",
+    "fuse_embedding",
     "fuse_layer_norm",
     "minimise_attention",
+    "plan_embedding",
     "recognize_lookup",
     "split_feed_forward",
 )
 
 
 def layer_records(
-    mod: tvm.IRModule, table: LayerTable, forms: Mapping[str, Form], names: Mapping[int, str]
+    mod: tvm.IRModule,
+    table: LayerTable,
+    forms: Mapping[str, Form],
+    names: Mapping[int, str],
+    tables: Mapping[str, TableForm],
 ) -> list[LayerRecord]:
-    """Return one record per weight in the order of the graph: layers, and gathered tables."""
+    """Return one record per weight in the order of the graph: layers, and gathered tables.
+
+    An output layer tied to a table, whose name is taken, is called ``name^T``.
+    """
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
         if isinstance(node := table.node(value), HashTables):
             found.setdefault("+".join(node.names), _lookup(node))
         if (layer := table.layer(value)) is not None:
-            found.setdefault(layer.key, _layer(layer, forms[layer.key]))
+            record = _layer(layer, forms[layer.key])
+            tied = record.name in found and layer.key != record.name
+            found.setdefault(layer.key, replace(record, name=layer.key) if tied else record)
+        elif isinstance(node := table.node(value), Embedding):
+            found.setdefault(node.names[0], _made_table(node, tables[node.names[0]]))
         elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
             name = names.get(compat.address(compat.constant_tensor(value.args[0])))
             if name is not None:
@@ -84,6 +99,22 @@ def fused_records(
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+        elif isinstance(node, Embedding):
+            yield _embedding(node)
+
+
+def _embedding(node: Embedding) -> LayerRecord:
+    """Return the record of a sum of rows in one kernel."""
+    tables = [name for name in node.names if name]
+    parts = [*tables, *(["constant rows"] if "" in node.names else [])]
+    norm = "" if node.total.norm is None else ", then LayerNorm,"
+    return LayerRecord(
+        node.record,
+        (node.total.n,),
+        "embedding",
+        macs=node.total.work,
+        reason=f"{' + '.join(parts)}{norm} in one kernel",
+    )
 
 
 def _skipped(skip: Skip, made: tuple[Layer, ...]) -> str:
@@ -147,6 +178,15 @@ def _layer(layer: Layer, form: Form) -> LayerRecord:
     return LayerRecord(
         layer.names[0], (op.n_in, op.n_out), name, dict(form.parameters), op.params,
         op.macs, size, None, form.error, form.reason,
+    )  # fmt: skip
+
+
+def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
+    shape = form.table.vocabulary, form.table.dimension
+    reason = f"{form.reason}; only the rows asked for are made"
+    return LayerRecord(
+        node.names[0], shape, form.form, dict(form.parameters), form.table.params,
+        node.total.work, 4 * form.table.params, None, form.error, reason,
     )  # fmt: skip
 
 

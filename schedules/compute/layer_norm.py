@@ -77,8 +77,8 @@ def emit_row(
             value = value + buffers["beta"][_ramp(first, lanes)]
         T.buffer_store(out, value, [row, _ramp(first, lanes)])
 
-    T.buffer_store(mean, _emit_sum(lanes, n, add_terms, squared=False) / T.float32(n), [0])
-    variance = _emit_sum(lanes, n, centred, squared=True) / T.float32(n)
+    T.buffer_store(mean, emit_sum(lanes, n, add_terms, squared=False) / T.float32(n), [0])
+    variance = emit_sum(lanes, n, centred, squared=True) / T.float32(n)
     T.buffer_store(factor, T.float32(1) / T.sqrt(variance + T.float32(epsilon)), [0])
     with T.serial(T.int64(0), T.int64(n // lanes)) as i:
         normalise(i * lanes, lanes)
@@ -86,7 +86,7 @@ def emit_row(
         normalise(first, width)
 
 
-def _emit_sum(lanes: int, n: int, term: Term, *, squared: bool) -> Expr:
+def emit_sum(lanes: int, n: int, term: Term, *, squared: bool) -> Expr:
     """Emit the sum of ``term`` (or of its square) over ``n`` columns and return it."""
     parts = PARTIAL_SUMS
     groups, single = divmod(n // lanes, parts)

@@ -8,6 +8,7 @@ from dataclasses import fields
 from tvm import tirx
 
 from tvmstruct.schedules.compute.dense import Epilogue
+from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.x86 import (
@@ -21,6 +22,7 @@ from tvmstruct.schedules.x86 import (
 )
 from tvmstruct.schedules.x86.attention import Heads, attention
 from tvmstruct.schedules.x86.chain import chain
+from tvmstruct.schedules.x86.embedding_rows import embedding_rows
 from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
@@ -143,6 +145,10 @@ class X86Kernels:
         return make_kernel(
             "layer_norm", key, lambda: layer_norm(self.isa, n=n, epsilon=epsilon), work=n
         )
+
+    def embedding_rows(self, total: EmbeddingSum) -> Kernel:
+        """Return a sum of embedding rows, normalised where it says so."""
+        return embedding_rows(self.isa, total)
 
     def schedule(self, func: tirx.PrimFunc) -> tirx.PrimFunc:
         """Schedule a PrimFunc that no kernel of ours stands for."""

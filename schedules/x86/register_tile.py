@@ -47,7 +47,8 @@ def accumulate(
     parts, split = next(((n, i) for n in fits for i, e in enumerate(nest) if e % n == 0), (1, 0))
     totals = [[_Sums(lines, lanes, dtype) for _ in range(columns)] for _ in range(parts)]
     for part, column, line in product(range(parts), range(columns), range(lines)):
-        value = T.broadcast(tirx.const(0, dtype), lanes)
+        value = tirx.const(0, dtype)
+        value = value if lanes == 1 else T.broadcast(value, lanes)
         if start is not None and part == 0:
             value = start(line, column)
         totals[part][column].set(line, value)
@@ -85,4 +86,5 @@ class _Sums:
         T.buffer_store(self.buffers[line // LINES], value, [self._place(line)])
 
     def _place(self, line: int):
-        return T.ramp(line % LINES * self.lanes, 1, self.lanes)
+        first = line % LINES * self.lanes
+        return first if self.lanes == 1 else T.ramp(first, 1, self.lanes)

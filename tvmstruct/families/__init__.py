@@ -28,6 +28,12 @@ from tvmstruct.families.lgp import (
 from tvmstruct.families.low_rank import low_rank, low_rank_params, nearest_low_rank
 from tvmstruct.families.monarch import monarch, monarch_params, nearest_monarch
 from tvmstruct.families.vvma import nearest_vvma, vvma, vvma_macs, vvma_params
+from tvmstruct.families.word2ket_xs import (
+    nearest_word2ket_xs,
+    word2ket_xs,
+    word2ket_xs_macs,
+    word2ket_xs_params,
+)
 from tvmstruct.fit import Fit
 
 __all__ = [
@@ -42,6 +48,7 @@ __all__ = [
     "low_rank_lgp",
     "monarch",
     "vvma",
+    "word2ket_xs",
 ]
 
 
@@ -113,6 +120,15 @@ _ALL = (
         seed="int",
     ),
     _family("monarch", "Monarch", nearest_monarch, monarch_params, "b", r="int"),
+    _family(
+        "word2ket_xs",
+        "word2ketXS",
+        nearest_word2ket_xs,
+        word2ket_xs_params,
+        "order r",
+        macs=word2ket_xs_macs,
+        sweeps="int",
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

@@ -47,6 +47,25 @@ def nearest_kronecker(
     shapes divide; where they are cropped, alternating least squares on the entries that count.
     """
     target = as_weight(w)
+    a, b = factor_shapes(*target.shape, r=r, a=a, b=b)
+    factor_a, factor_b, error = kronecker_factors(target, r=r, a=a, b=b, solver=solver)
+    op = product(
+        *pad(target.shape[0], a[0] * b[0]),
+        kronecker(factor_a, factor_b),
+        *crop(a[1] * b[1], target.shape[1]),
+    )
+    return Fit(as_stored(op, w), error, "kronecker", {"r": len(factor_a), "a": a, "b": b})
+
+
+def kronecker_factors(
+    target: Array,
+    *,
+    r: int,
+    a: Shape | None = None,
+    b: Shape | None = None,
+    solver: Solver = truncate,
+) -> tuple[Array, Array, float]:
+    """Return the factors (r, n1, m1) and (r, n2, m2) nearest to ``target``, and the error."""
     (n1, m1), (n2, m2) = a, b = factor_shapes(*target.shape, r=r, a=a, b=b)
     full = np.zeros((n1 * n2, m1 * m2))
     full[: target.shape[0], : target.shape[1]] = target
@@ -56,13 +75,7 @@ def nearest_kronecker(
     r_found = left.shape[-1]
     factor_a, factor_b = left.T.reshape(r_found, n1, m1), right.reshape(r_found, n2, m2)
     approximation = _restore(left @ right, a, b)[: target.shape[0], : target.shape[1]]
-    op = product(
-        *pad(target.shape[0], n1 * n2),
-        kronecker(factor_a, factor_b),
-        *crop(m1 * m2, target.shape[1]),
-    )
-    error = relative_error(approximation, target)
-    return Fit(as_stored(op, w), error, "kronecker", {"r": r_found, "a": a, "b": b})
+    return factor_a, factor_b, relative_error(approximation, target)
 
 
 def factor_shapes(

@@ -19,19 +19,38 @@ PRIMES = ((2, 3, 5, 7, 11, 13, 17), (19, 23, 29, 31, 37, 41, 43))
 
 
 def find_token_inputs(graph: Graph) -> dict[str, int]:
-    """Return the integer inputs that index a table directly, with the rows of that table."""
+    """Return the integer inputs that index a table, with the number of ids it has rows for.
+
+    An id that is divided first, as a factored table does, names several to a row.
+    """
     roots = {s.name: s.name for s in graph.inputs if s.dtype.startswith(("int", "uint"))}
+    shares: dict[str, int] = {}  # how many ids make one index, where more than one
     tokens: dict[str, int] = {}
     producers = {o: n for n in graph.nodes for o in n.output}
     for node in graph.nodes:
         if (root := _root_of(node, roots, producers)) is not None:
             roots.update(dict.fromkeys(node.output, root))
+            shares[node.output[0]] = shares.get(node.input[0], 1)
+        elif (by := _divisor(graph, node)) and node.input[0] in roots:
+            roots[node.output[0]] = roots[node.input[0]]
+            shares[node.output[0]] = by * shares.get(node.input[0], 1)
         if node.op_type == "Gather" and node.input[1] in roots:
             rows = _table_rows(graph, node)
             if rows is not None:
                 name = roots[node.input[1]]
+                rows *= shares.get(node.input[1], 1)
                 tokens[name] = min(rows, tokens.get(name, rows))
     return tokens
+
+
+def _divisor(graph: Graph, node: NodeProto) -> int:
+    """Return the whole number above 0 that a node divides by, or 0."""
+    if node.op_type != "Div":
+        return 0
+    by = graph.constants.get(node.input[1])
+    if by is None or by.size != 1 or by.dtype.kind not in "iu":
+        return 0
+    return max(0, int(by.reshape(-1)[0]))
 
 
 def _root_of(

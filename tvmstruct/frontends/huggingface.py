@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, helper
 
-from tvmstruct.errors import MissingDependencyError, ModelError, UnsupportedOperatorError
+from tvmstruct.errors import ModelError, UnsupportedOperatorError
 from tvmstruct.frontends.onnx import source_from_graph
 from tvmstruct.frontends.source import Source, TensorSpec, new_tensor
+from tvmstruct.frontends.tensors import load_safetensors, read_tensors
 from tvmstruct.frontends.validate import SMALL, Graph, own_nodes
 
 OPSET = 20
@@ -142,24 +141,11 @@ def _integer(raw: Mapping[str, Any], path: Path, key: str, default: int, least: 
     return value
 
 
-def _load_safetensors() -> ModuleType:
-    try:
-        return importlib.import_module("safetensors")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "from_pretrained reads safetensors: pip install tvmstruct[hf]"
-        ) from error
-
-
 def _read_weights(root: Path) -> dict[str, np.ndarray]:
-    library = _load_safetensors()
+    load_safetensors()  # before looking for files: without the extra there is nothing to read
     weights: dict[str, np.ndarray] = {}
     for path in _weight_files(root):
-        try:
-            with library.safe_open(str(path), framework="numpy") as file:
-                weights |= {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as error:
-            raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
+        weights |= read_tensors(path)
     return weights
 
 

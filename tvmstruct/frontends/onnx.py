@@ -82,6 +82,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return self._gather_nd(node, inputs[0], inputs[1])
         if op_name in ("Max", "Min", "Clip"):
             return self._bound(op_name, list(inputs))
+        if op_name == "Pad" and (padded := self._pad(node, inputs[0])) is not None:
+            return padded
         if op_name == "Einsum":
             equation = attrs["equation"].decode()
             if (found := einsum(self.bb.normalize, equation, list(inputs))) is not None:
@@ -105,6 +107,18 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         zero, extent = relax.const(0, dtype), relax.const(rows, dtype)
         wrapped = relax.op.where(relax.op.less(index, zero), relax.op.add(index, extent), index)
         return relax.op.take(data, self.bb.normalize(wrapped), axis, mode="clip")
+
+    def _pad(self, node: NodeProto, x: relax.Expr) -> relax.Expr | None:
+        """Write zeros around a float array as an operator that passes can read, not a kernel."""
+        more = [name for name in node.input[2:] if name]
+        pads = self.folded.constants.get(node.input[1]) if len(node.input) > 1 else None
+        plain = attribute(node, "mode", b"constant") in (b"constant", "constant")
+        if pads is None or more or not plain or (pads < 0).any():
+            return None
+        if self.folded.dtypes[node.input[0]].kind != "f":
+            return None
+        widths = pads.reshape(2, -1).T.reshape(-1)
+        return self.bb.normalize(relax.op.nn.pad(x, [int(n) for n in widths]))
 
     def _gather_nd(self, node: NodeProto, data: relax.Expr, index: relax.Expr) -> relax.Expr:
         """Look parts up under several indices as under one, without reading outside the data."""

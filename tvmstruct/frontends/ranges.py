@@ -89,10 +89,21 @@ def _arithmetic(op: str, ranges: Sequence[Range | None]) -> Range | None:
         return sum(lows), sum(highs)
     if op == "Sub":
         return lows[0] - highs[1], highs[0] - lows[1]
+    if op in ("Div", "Mod"):
+        return _divide(op, *known)
     if op == "Mul":
         corners = [a * b for a, b in product(known[0], known[1])]
         return min(corners), max(corners)
     return None
+
+
+def _divide(op: str, number: Range, by: Range) -> Range | None:
+    """Return quotient or remainder of numbers of 0 or more by one number above 0."""
+    if by[0] != by[1] or by[0] < 1 or number[0] < 0:
+        return None
+    if op == "Div":
+        return number[0] // by[0], number[1] // by[0]
+    return 0, min(number[1], by[0] - 1)
 
 
 def _clamp(op: str, lows: list[int], highs: list[int]) -> Range | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import tvm
 
-from tvmstruct.errors import InputError
+from tvmstruct.embeddings import TensorTable
+from tvmstruct.errors import InputError, ModelError
 
 WEIGHTS_ATTR = "tvmstruct.weights"
 STORED_ATTR = "tvmstruct.stored_dtypes"
@@ -43,6 +44,7 @@ class Source:
     find_limits: Callable[[], dict[str, int]] = field(default=dict, repr=False)
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)
     name: str = "model"
+    tables: Mapping[str, TensorTable] = field(default_factory=dict)
 
     @cached_property
     def dims(self) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -73,6 +75,25 @@ class Source:
     def weights(self) -> dict[str, np.ndarray]:
         """Return read-only views of the weights under their source names."""
         return {name: tensor_view(t) for name, t in self.tensors.items()}
+
+    def with_tables(self, tables: Mapping[str, TensorTable]) -> Source:
+        """Return the model with embedding tables replaced: weight name to tensor products.
+
+        Only the shapes of the weights matter then. A tied output layer goes through the factors
+        of a ``Word2KetXS`` too. Raises ModelError where a name or a shape does not fit.
+        """
+        for name, table in tables.items():
+            weight = self.tensors.get(name)
+            if weight is None:
+                known = ", ".join(sorted(self.tensors)[:20])
+                raise ModelError(f"tables: no weight is called {name!r}; the weights are: {known}")
+            shape = tuple(int(side) for side in weight.shape)
+            if shape != (table.vocabulary, table.dimension):
+                raise ModelError(
+                    f"tables: {name!r} has the shape {shape}, its table is "
+                    f"{table.vocabulary}x{table.dimension}"
+                )
+        return replace(self, tables={**self.tables, **tables})
 
     def bind(self, shapes: Shapes) -> dict[str, int]:
         """Return the value of each symbol at ``shapes`` or say which shape does not fit."""

@@ -17,6 +17,7 @@ from tvmstruct.models.layers import (
     padding_mask,
     positions,
 )
+from tvmstruct.models.matrices import look_up
 
 ATTENTION = Names(
     "attention.self.query",
@@ -88,12 +89,13 @@ class Bert(Config):
         graph.output(x, "last_hidden_state", ("batch", "sequence", self.hidden))
 
     def _embed(self, graph: GraphBuilder, stream: Stream) -> str:
-        def look_up(table: str, rows: int, index: str) -> str:
+        def rows_of(table: str, rows: int, index: str) -> str:
             name = f"embeddings.{table}_embeddings.weight"
             return graph.op("Gather", graph.weight(name, rows, self.hidden, std=1.0), index)
 
-        words = look_up("word", self.vocabulary, "input_ids")
+        words = "embeddings.word_embeddings.weight"
+        x = look_up(graph, "input_ids", words, self.vocabulary, self.hidden)
         places = max(LEAST_POSITIONS, self.seq)
-        x = graph.op("Add", words, look_up("token_type", self.types, "token_type_ids"))
-        x = graph.op("Add", x, look_up("position", places, positions(graph, "input_ids")))
+        x = graph.op("Add", x, rows_of("token_type", self.types, "token_type_ids"))
+        x = graph.op("Add", x, rows_of("position", places, positions(graph, "input_ids")))
         return norm(graph, x, "embeddings.LayerNorm", stream)

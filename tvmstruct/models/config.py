@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import ClassVar, Self
 
 import numpy as np
 
 from tvmstruct.errors import InputError
+from tvmstruct.models.form import Form
 from tvmstruct.models.graph import GraphBuilder, check_seed
 
 AXES = {"seq": "sequence length", "hidden": "hidden size", "ffn": "feed-forward size"}
@@ -55,9 +56,16 @@ def _padding(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 class Config(ABC):
     """The sizes of a built-in model; every one is an integer of 1 or more, or a switch.
 
+    ``form``, with ``r``, ``r_embedding`` and ``order``, says how matrices and tables are stored;
+    see `Form`.
     ``axes`` maps what ``scaled`` may scale to the fields that grow with it.  A ``-4x`` variant
     starts from the fields in ``variant``, so that its weights fit into one ONNX message.
     """
+
+    form: str = "dense"
+    r: int = 16
+    r_embedding: int = 256
+    order: int = 2
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -69,6 +77,8 @@ class Config(ABC):
         """Check every field and name the first that is wrong."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "form" or (value is None and str(field.type).endswith("None")):
+                continue
             if field.type == "bool":
                 if not isinstance(value, bool):
                     raise InputError(f"{self.name}: {field.name} is {value!r}, want True or False")
@@ -76,6 +86,18 @@ class Config(ABC):
                 raise InputError(
                     f"{self.name}: {field.name} is {value!r}, want an integer of 1 or more"
                 )
+        self.storage.check(self.name)
+
+    @property
+    def storage(self) -> Form:
+        """Return how matrices and tables are stored."""
+        return Form(self.form, self.r, self.r_embedding, self.order)
+
+    @classmethod
+    def options(cls) -> list[Field[object]]:
+        """Return the fields, those that every model has at the end."""
+        common = {field.name for field in fields(Config)}
+        return sorted(fields(cls), key=lambda field: field.name in common)
 
     @abstractmethod
     def specs(self) -> tuple[Input, ...]:
@@ -96,7 +118,7 @@ class Config(ABC):
 
     def graph(self) -> GraphBuilder:
         """Return the model as a graph whose weights are declared only."""
-        graph = GraphBuilder(self.name)
+        graph = GraphBuilder(self.name, self.storage)
         for entry in self.specs():
             graph.input(entry.name, entry.dims, "int64" if entry.below else "float32")
         self.write(graph)

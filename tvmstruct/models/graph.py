@@ -11,6 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from tvmstruct.errors import InputError, ModelError
+from tvmstruct.models.form import Form
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu
 MOST_BYTES = (1 << 31) - (1 << 20)  # what a protobuf message can hold, less a little for nodes
@@ -20,17 +21,21 @@ Dims = Sequence[int | str]
 
 @dataclass(frozen=True)
 class Weight:
-    """A float32 weight that is not made yet; ``fill`` returns its values."""
+    """A float32 weight that is not made yet; ``fill`` returns its values.
+
+    What is ``computed`` from a formula, and not trained, is no parameter of the model.
+    """
 
     shape: tuple[int, ...]
     fill: Callable[[np.random.Generator], np.ndarray]
+    computed: bool = False
 
 
 class GraphBuilder:
     """Collects nodes, inputs and declared weights; ``finish`` returns the ONNX model."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, form: Form | None = None) -> None:
+        self.name, self.form = name, form or Form()
         self.nodes: list[NodeProto] = []
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []

@@ -8,6 +8,7 @@ from math import sqrt
 import numpy as np
 
 from tvmstruct.models.graph import GraphBuilder
+from tvmstruct.models.matrices import multiply
 
 LOWEST = float(np.finfo(np.float32).min)  # what is added to the score of a hidden key
 
@@ -37,9 +38,9 @@ class Names:
         return Names(*(prefix + n for n in (self.query, self.key, self.value, self.out, self.norm)))
 
 
-def dense(graph: GraphBuilder, x: str, name: str, n_in: int, n_out: int) -> str:
-    """``x @ weight + bias``; the weight is stored as MatMul takes it, (in, out)."""
-    product = graph.op("MatMul", x, graph.weight(f"{name}.weight", n_in, n_out))
+def dense(graph: GraphBuilder, x: str, name: str, n_in: int, n_out: int, *, axes: int = 2) -> str:
+    """``x @ weight + bias`` for x of ``axes`` axes and then features."""
+    product = multiply(graph, x, name, n_in, n_out, axes=axes)
     return graph.op("Add", product, graph.weight(f"{name}.bias", n_out, std=0.1))
 
 

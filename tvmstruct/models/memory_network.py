@@ -62,7 +62,7 @@ class MemoryNetwork(Config):
             chosen = graph.op("Softmax", graph.op("MatMul", x, columns), axis=-1)
             x = graph.op("Add", x, graph.op("MatMul", chosen, values))
         rows = graph.op("Squeeze", x, first)
-        logits = dense(graph, rows, "answer", self.hidden, self.answers)
+        logits = dense(graph, rows, "answer", self.hidden, self.answers, axes=1)
         probabilities = graph.op("Softmax", logits, axis=-1)
         graph.output(probabilities, "answers", ("queries", self.answers))
 

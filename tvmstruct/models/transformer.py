@@ -21,6 +21,7 @@ from tvmstruct.models.layers import (
     padding_mask,
     positions,
 )
+from tvmstruct.models.matrices import look_up
 
 LEAST_POSITIONS = 512
 
@@ -44,6 +45,7 @@ class Transformer(Config):
     layers: int = 6
     embeddings: bool = True
     vocabulary: int = 37000
+    target_vocabulary: int | None = None
 
     name: ClassVar[str] = "transformer"
     title: ClassVar[str] = "encoder and decoder layers with ReLU"
@@ -73,7 +75,8 @@ class Transformer(Config):
             hidden = Input("hidden", (*source, self.hidden))
             return hidden, mask, Input("decoder_hidden", (*target, self.hidden))
         ids = Input("input_ids", source, below=self.vocabulary)
-        return ids, mask, Input("decoder_input_ids", target, below=self.vocabulary)
+        words = self.target_vocabulary or self.vocabulary
+        return ids, mask, Input("decoder_input_ids", target, below=words)
 
     def sizes(self, batch: int) -> dict[str, int]:
         """Return the configured length for source and target."""
@@ -98,19 +101,28 @@ class Transformer(Config):
     def _embed(self, graph: GraphBuilder) -> tuple[str, str]:
         """Return source and target: ``sqrt(hidden) * shared[ids] + positions``."""
         places = max(LEAST_POSITIONS, self.seq)
-        # Scaled by sqrt(hidden) when read, so that its rows come out with unit variance.
-        words = graph.weight(
-            "shared.weight", self.vocabulary, self.hidden, std=1 / sqrt(self.hidden)
+        sines = Weight(
+            (places, self.hidden), lambda _: sine_positions(places, self.hidden), computed=True
         )
-        sines = Weight((places, self.hidden), lambda _: sine_positions(places, self.hidden))
         table = graph.table("embed_positions.weight", sines)
         root = graph.constant(sqrt(self.hidden), "float32")
 
-        def embed(ids: str) -> str:
-            rows = graph.op("Mul", graph.op("Gather", words, ids), root)
-            return graph.op("Add", rows, graph.op("Gather", table, positions(graph, ids)))
+        def embed(ids: str, words: str, rows: int) -> str:
+            # Scaled by sqrt(hidden) when read, so that its rows come out with unit variance.
+            found = look_up(graph, ids, words, rows, self.hidden, std=1 / sqrt(self.hidden))
+            places = graph.op("Gather", table, positions(graph, ids))
+            return graph.op("Add", graph.op("Mul", found, root), places)
 
-        return embed("input_ids"), embed("decoder_input_ids")
+        if self.target_vocabulary is None:
+            shared = "shared.weight"
+            return (
+                embed("input_ids", shared, self.vocabulary),
+                embed("decoder_input_ids", shared, self.vocabulary),
+            )
+        return (
+            embed("input_ids", "encoder.embed_tokens.weight", self.vocabulary),
+            embed("decoder_input_ids", "decoder.embed_tokens.weight", self.target_vocabulary),
+        )
 
 
 def sine_positions(rows: int, hidden: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tvmstruct.layers import (
     Attention,
+    Embedding,
     FeedForward,
     HashTables,
     Layer,
@@ -30,8 +31,10 @@ FUSED: dict[type, str] = {
     FeedForward: "feed-forward (fused)",
     HashTables: GATHER,
     LayerNorm: NORM,
+    Embedding: "embedding (fused)",
 }
 ORDER = (
+    FUSED[Embedding],
     *(QKV, DOT, SOFTMAX, WEIGHTED, FUSED[Attention], FC, FUSED[ProjectedAttention]),
     *(LINEAR_1, ACTIVATION, LINEAR_2, FUSED[FeedForward], HASH, GATHER, NORM),
 )

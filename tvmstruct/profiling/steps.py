@@ -14,23 +14,33 @@ from tvm import relax
 from tvm.s_tir.analysis import estimate_tir_flops
 
 from tvmstruct import compat
-from tvmstruct.layers import Layer, Node
+from tvmstruct.layers import Embedding, HashTables, Layer, Node
 from tvmstruct.schedules.registry import WORK
 
 if TYPE_CHECKING:
     from tvmstruct.pipeline import Lowered
 
-GATHERS = frozenset({"take", "gather"})
+GATHERS = frozenset({"take", "gather", "embedding"})
 SOFTMAX_FLOPS = 5  # of an element: maximum, difference, exponential, sum, quotient
 SIZES = {"bfloat16": 2, "bool": 1}  # bytes of the dtypes that numpy has no or another size for
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One argument or result of a call: ``bytes`` of the ``size`` that it has are moved."""
+
+    bytes: int
+    size: int
+    weight: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
     """One kernel call: ``reads[i]`` is the step that made argument i, None for input or weight.
 
-    ``flops`` and ``bytes`` are those of the call; ``node`` is None for a generic kernel, which
-    stands for operators that no kernel of ours knows.
+    ``flops`` and ``bytes`` are those of the call, ``moved`` says of which arguments; ``rows`` are
+    those of its first output. ``node`` is None for a generic kernel, which stands for operators
+    that no kernel of ours knows.
     """
 
     symbol: str
@@ -39,6 +49,8 @@ class Step:
     outputs: int
     flops: float
     bytes: int
+    moved: tuple[Moved, ...] = ()
+    rows: int = 0
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -48,8 +60,10 @@ class Step:
 
     @property
     def label(self) -> str:
-        """Name of the call for people: its layers, or its symbol."""
-        return " + ".join(self.node.names) if isinstance(self.node, Layer) else self.symbol
+        """Name of the call for people: its layers or tables, or its symbol."""
+        if isinstance(self.node, Layer | HashTables | Embedding):
+            return " + ".join(filter(None, self.node.names))
+        return self.symbol
 
 
 def read_steps(lowered: Lowered) -> list[Step]:
@@ -64,6 +78,8 @@ def read_steps(lowered: Lowered) -> list[Step]:
     for call in lowered.calls:
         nodes[call.symbol].append(call.node)
     functions = {g.name_hint: f for g, f in lowered.mod.functions_items()}
+    params = list(lowered.mod["main"].params)
+    weights = set(params[len(params) - len(lowered.weights) :])
     steps: list[Step] = []
     made: dict[Any, int | None] = {}
     for var, value in _bindings(lowered.mod["main"]):
@@ -82,8 +98,14 @@ def read_steps(lowered: Lowered) -> list[Step]:
         made[var] = len(steps)
         reads = tuple(_alias(a, made) for a in args)
         written = sum(map(_size, outputs))
-        moved = written + sum(_read_sizes(symbol, args, written).values())
-        steps.append(Step(symbol, node, reads, len(outputs), flops, moved))
+        moved = [
+            Moved(size, sum(map(_size, _tensors(compat.type_of(arg)))), arg in weights)
+            for arg, size in _read_sizes(symbol, args, written).items()
+        ]
+        moved.append(Moved(written, written))
+        total = sum(m.bytes for m in moved)
+        rows = outputs[0][0][0] if outputs[0][0] else 1
+        steps.append(Step(symbol, node, reads, len(outputs), flops, total, tuple(moved), rows))
     return steps
 
 
