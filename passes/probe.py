@@ -97,7 +97,8 @@ class Prober:
     known: dict[relax.Expr, Probed | Unknown] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = compat.static_shape(self.root) or ()
+        shape = compat.static_shape(self.root)
+        assert shape
         axes = [*contiguous(ROW, shape[:-1]), (Factor(shape[-1]),)]
         flat = self.values.reshape(len(self.values), *(1 for _ in shape[:-1]), shape[-1])
         self.known[self.root] = Probed(axes, flat)

@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tvmstruct import embeddings, models
     from tvmstruct.compiler import compile, load
-    from tvmstruct.frontends import Source, from_onnx, from_pretrained, from_relax, from_torch
+    from tvmstruct.frontends import (
+        Source,
+        from_lookupffn,
+        from_onnx,
+        from_pretrained,
+        from_relax,
+        from_torch,
+        read_lookups,
+    )
     from tvmstruct.frontends.word2ket import from_word2ket
+    from tvmstruct.lookup import Lookup
     from tvmstruct.model import CompiledModel
     from tvmstruct.planning import LayerPlan, Plan
     from tvmstruct.profiling import Profile, profile
@@ -31,10 +40,13 @@ _HOME = {
     "compile": "compiler",
     "load": "compiler",
     "Source": "frontends",
+    "from_lookupffn": "frontends",
     "from_onnx": "frontends",
     "from_pretrained": "frontends",
     "from_relax": "frontends",
     "from_torch": "frontends",
+    "read_lookups": "frontends",
+    "Lookup": "lookup",
     "from_word2ket": "frontends.word2ket",
     "CompiledModel": "model",
     "LayerPlan": "planning",
@@ -53,6 +65,7 @@ _MODULES = ("embeddings", "models")
 __all__ = [
     "CompiledModel",
     "LayerPlan",
+    "Lookup",
     "Plan",
     "Profile",
     "Report",
@@ -61,6 +74,7 @@ __all__ = [
     "TuneReport",
     "compile",
     "embeddings",
+    "from_lookupffn",
     "from_onnx",
     "from_pretrained",
     "from_relax",
@@ -69,6 +83,7 @@ __all__ = [
     "load",
     "models",
     "profile",
+    "read_lookups",
     "resolve_target",
     "tune",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm
 
-from tvmstruct.layers import Attention, Embedding, Node, weights_of
+from tvmstruct.layers import Attention, Embedding, HashTables, Node, weights_of
 
 if TYPE_CHECKING:
     from tvmstruct.model import Bucket
@@ -33,6 +33,8 @@ def measure_layers(bucket: Bucket) -> dict[str, float]:
         if isinstance(call.node, Attention):
             times[f"attention.{attentions}"] = cache[key]
             attentions += 1
+        if isinstance(call.node, HashTables):
+            times[call.node.names[0]] += cache[key]
         if isinstance(call.node, Embedding):
             times[call.node.record] += cache[key]
         for name, share in _shares(call.node).items():
@@ -46,6 +48,8 @@ def _seconds(bucket: Bucket, call: KernelCall) -> float:
         tvm.runtime.tensor(random_array(rng, *a))
         for a in zip(call.shapes, call.dtypes, strict=True)
     ]
+    if isinstance(call.node, HashTables):  # codes of all kinds, not those of positive features
+        arrays[0] = tvm.runtime.tensor(rng.standard_normal(call.shapes[0], np.float32))
     library = next(lib for lib in bucket.libraries if lib.implements_function(call.symbol))
     evaluate = library.time_evaluator(
         call.symbol, tvm.cpu(), number=1, repeat=REPEATS, min_repeat_ms=MIN_MS

@@ -6,6 +6,7 @@ import tvm
 
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.huggingface import from_pretrained
+from tvmstruct.frontends.lookupffn import from_lookupffn, read_lookups
 from tvmstruct.frontends.onnx import from_onnx
 from tvmstruct.frontends.relax import from_relax
 from tvmstruct.frontends.source import Source, TensorSpec
@@ -28,8 +29,10 @@ __all__ = [
     "Source",
     "TensorSpec",
     "as_source",
+    "from_lookupffn",
     "from_onnx",
     "from_pretrained",
     "from_relax",
     "from_torch",
+    "read_lookups",
 ]

@@ -131,14 +131,14 @@ def _emit(op: ops.Op, x: relax.Expr, to: _Writer) -> relax.Expr:
 
 
 @_emit.register
-def _(op: ops.Product, x, to):
+def _(op: ops.Product, x: relax.Expr, to: _Writer) -> relax.Expr:
     for factor in op.factors:
         x = _emit(factor, x, to)
     return x
 
 
 @_emit.register
-def _(op: ops.Sum, x, to):
+def _(op: ops.Sum, x: relax.Expr, to: _Writer) -> relax.Expr:
     first, *rest = (_emit(term, x, to) for term in op.terms)
     for term in rest:
         first = to.emit(R.add(first, term))
@@ -146,12 +146,12 @@ def _(op: ops.Sum, x, to):
 
 
 @_emit.register
-def _(op: ops.Dense, x, to):
+def _(op: ops.Dense, x: relax.Expr, to: _Writer) -> relax.Expr:
     return to.emit(R.matmul(x, to.weight(op.w)))
 
 
 @_emit.register
-def _(op: ops.BlockDiag, x, to):
+def _(op: ops.BlockDiag, x: relax.Expr, to: _Writer) -> relax.Expr:
     g, p, _ = op.w.shape
     x = to.emit(R.permute_dims(to.shaped(x, g, p), (1, 0, 2)))
     y = to.emit(R.matmul(x, to.weight(op.w)))
@@ -159,36 +159,36 @@ def _(op: ops.BlockDiag, x, to):
 
 
 @_emit.register
-def _(op: ops.SharedBlockDiag, x, to):
+def _(op: ops.SharedBlockDiag, x: relax.Expr, to: _Writer) -> relax.Expr:
     y = to.emit(R.matmul(to.shaped(x, op.blocks, op.w.shape[0]), to.weight(op.w)))
     return to.shaped(y, op.n_out)
 
 
 @_emit.register
-def _(op: ops.Permute, x, to):
+def _(op: ops.Permute, x: relax.Expr, to: _Writer) -> relax.Expr:
     axes = (0, *(a + 1 for a in op.axes))
     return to.shaped(to.emit(R.permute_dims(to.shaped(x, *op.dims), axes)), op.n_out)
 
 
 @_emit.register
-def _(op: ops.Diag, x, to):
+def _(op: ops.Diag, x: relax.Expr, to: _Writer) -> relax.Expr:
     return to.emit(R.multiply(x, to.weight(op.d)))
 
 
 @_emit.register
-def _(op: ops.Slice, x, to):
+def _(op: ops.Slice, x: relax.Expr, to: _Writer) -> relax.Expr:
     return to.emit(R.strided_slice(x, [1], [op.start], [op.stop]))
 
 
 @_emit.register
-def _(op: ops.Pad, x, to):
+def _(op: ops.Pad, x: relax.Expr, to: _Writer) -> relax.Expr:
     after = op.width - op.start - op.size
     parts = [to.emit(R.zeros((to.rows, n), "float32")) if n else None for n in (op.start, after)]
     return to.emit(R.concat([p for p in (parts[0], x, parts[1]) if p is not None], 1))
 
 
 @_emit.register
-def _(op: ops.WalshHadamard, x, to):
+def _(op: ops.WalshHadamard, x: relax.Expr, to: _Writer) -> relax.Expr:
     """``H_n = H_a (x) H_b``: small matrices on as many axes as it takes."""
     if op.n > 1:
         left, inner = op.n, op.inner
