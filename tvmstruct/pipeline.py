@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
@@ -31,6 +32,8 @@ from tvmstruct.passes.plan_embedding import PlanEmbedding
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
+from tvmstruct.passes.recognize_lookup import RecognizeLookup
+from tvmstruct.passes.recognize_operator import RecognizeOperator
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recognize_word2ket import RecognizeWord2Ket
 from tvmstruct.passes.recover_structure import RecoverStructure
@@ -61,6 +64,7 @@ class Session:
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
     tables: dict[str, TableForm] = field(default_factory=dict)
+    lookups: dict[str, np.ndarray] = field(default_factory=dict)  # tables in our order of bits
     select: Select = keep_default
     precision: str = "f32"
     memory: str = "auto"
@@ -111,6 +115,8 @@ def _find_layers(
     table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
 ) -> Iterator[Rule]:
     yield ClipGathers()
+    yield RecognizeLookup(table, names, session.lookups)
+    yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
     yield RecognizeKronecker(table, session.forms)

@@ -14,6 +14,7 @@ from tvmstruct.layers import (
     Embedding,
     FeedForward,
     Form,
+    HashTables,
     Layer,
     LayerTable,
     MinimalAttention,
@@ -21,6 +22,7 @@ from tvmstruct.layers import (
     TableForm,
     arguments,
 )
+from tvmstruct.lookup import entries
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 from tvmstruct.skipping import Skip
@@ -32,6 +34,7 @@ REFUSALS = (
     "fuse_layer_norm",
     "minimise_attention",
     "plan_embedding",
+    "recognize_lookup",
     "split_feed_forward",
 )
 
@@ -49,6 +52,8 @@ def layer_records(
     """
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
+        if isinstance(node := table.node(value), HashTables):
+            found.setdefault("+".join(node.names), _lookup(node))
         if (layer := table.layer(value)) is not None:
             record = _layer(layer, forms[layer.key])
             tied = record.name in found and layer.key != record.name
@@ -182,6 +187,21 @@ def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
     return LayerRecord(
         node.names[0], shape, form.form, dict(form.parameters), form.table.params,
         node.total.work, 4 * form.table.params, None, form.error, reason,
+    )  # fmt: skip
+
+
+def _lookup(node: HashTables) -> LayerRecord:
+    """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
+    h, rows, n = node.tables.shape
+    tau = rows.bit_length() - 1
+    read = h * entries(tau, node.flips)
+    parameters = {"tau": tau, **({"flips": node.flips} if node.flips else {})}
+    size = node.tables.size + (0 if node.bias is None else node.bias.size)
+    why = f"{read} rows of {4 * n} bytes gathered for a row of x; {node.tables.size / n:,.0f} held"
+    scale = "" if node.scaled else ", without the linear scale"
+    return LayerRecord(
+        node.names[0], node.tables.shape, "lookup", parameters, size, read * n, 4 * size,
+        reason=why + scale,
     )  # fmt: skip
 
 

@@ -39,13 +39,21 @@ class Log:
 
 
 class Graph:
-    """A function as a graph: the value of a variable, and how often it is used."""
+    """A function as a graph: the value of a variable, and how often it is used.
+
+    ``closed`` are the variables whose values read no parameter.
+    """
 
     def __init__(self, func: relax.Function) -> None:
         self.bound = get_var2val(func)
         self.uses: Counter[relax.Var] = Counter()
-        for value in [*self.bound.values(), func.body.body]:
-            self.uses.update(operands(value))
+        self.closed: set[relax.Var] = set()
+        for var, value in self.bound.items():
+            read = list(operands(value))
+            self.uses.update(read)
+            if all(v in self.closed for v in read):
+                self.closed.add(var)
+        self.uses.update(operands(func.body.body))
 
     def value(self, expr: relax.Expr) -> relax.Expr:
         """Follow a variable to the expression bound to it."""

@@ -237,7 +237,8 @@ def _dtype_range(state: _Folder, node: NodeProto) -> Range:
 def _keep(state: _Folder, node: NodeProto) -> None:
     if node.op_type == "LayerNormalization" and any(node.output[1:]):
         raise UnsupportedOperatorError(f"{describe(node)}: only its first output can be compiled")
-    if node.op_type in INDEXED and node.input[1] not in state.values:
+    checked = node.op_type == "GatherND" and not attribute(node, "batch_dims", 0)  # by clipping
+    if node.op_type in INDEXED and not checked and node.input[1] not in state.values:
         raise UnsupportedOperatorError(
             f"{describe(node)}: positions that are computed from the inputs cannot be checked; "
             "only constant positions can be compiled"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         self.failed = node
         if op_name == "Gather" and isinstance(inputs[1], relax.Expr):
             return self.bb.normalize(self._gather(node, inputs[0], inputs[1]))
+        if op_name == "GatherND" and isinstance(inputs[1], relax.Expr):
+            return self._gather_nd(node, inputs[0], inputs[1])
         if op_name in ("Max", "Min", "Clip"):
             return self._bound(op_name, list(inputs))
         if op_name == "Pad" and (padded := self._pad(node, inputs[0])) is not None:
@@ -116,6 +119,22 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return None
         widths = pads.reshape(2, -1).T.reshape(-1)
         return self.bb.normalize(relax.op.nn.pad(x, [int(n) for n in widths]))
+
+    def _gather_nd(self, node: NodeProto, data: relax.Expr, index: relax.Expr) -> relax.Expr:
+        """Look parts up under several indices as under one, without reading outside the data."""
+        shape, at = (self.folded.shapes[i] for i in node.input[:2])
+        dtype, depth = self.folded.dtypes[node.input[1]].name, at[-1]
+        total = None
+        for i in range(depth):
+            part = self.bb.normalize(relax.op.take(index, relax.const(i, "int64"), len(at) - 1))
+            negative = self.bb.normalize(relax.op.less(part, relax.const(0, dtype)))
+            wrapped = self.bb.normalize(relax.op.add(part, relax.const(shape[i], dtype)))
+            part = self.bb.normalize(relax.op.where(negative, wrapped, part))
+            step = relax.const(prod(shape[i + 1 : depth]), dtype)
+            part = self.bb.normalize(relax.op.multiply(part, step))
+            total = part if total is None else self.bb.normalize(relax.op.add(total, part))
+        flat = relax.op.reshape(data, (prod(shape[:depth]), *shape[depth:]))
+        return relax.op.take(self.bb.normalize(flat), total, 0, mode="clip")
 
     def _bound(self, op_name: str, inputs: list[Any]) -> relax.Expr:
         """Write Max, Min and Clip as elementwise operators (TVM stacks or emits a raw kernel)."""

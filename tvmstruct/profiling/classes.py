@@ -13,6 +13,7 @@ from tvmstruct.layers import (
     Attention,
     Embedding,
     FeedForward,
+    HashTables,
     Layer,
     LayerNorm,
     Node,
@@ -22,18 +23,20 @@ from tvmstruct.profiling.steps import Step
 
 QKV, DOT, SOFTMAX, WEIGHTED = "Q/K/V-Gen", "dot product", "softmax", "weighted sum"
 FC, LINEAR_1, ACTIVATION, LINEAR_2 = "attention FC", "linear 1", "activation", "linear 2"
+HASH, GATHER = "lookup hash", "lookup gather"  # of LookupFFN, in the place of linear 1 and 2
 NORM, OTHER = "LayerNorm", "other"
 FUSED: dict[type, str] = {
     Attention: "attention (fused)",
     ProjectedAttention: "attention + FC (fused)",
     FeedForward: "feed-forward (fused)",
+    HashTables: GATHER,
     LayerNorm: NORM,
     Embedding: "embedding (fused)",
 }
 ORDER = (
     FUSED[Embedding],
     *(QKV, DOT, SOFTMAX, WEIGHTED, FUSED[Attention], FC, FUSED[ProjectedAttention]),
-    *(LINEAR_1, ACTIVATION, LINEAR_2, FUSED[FeedForward], NORM),
+    *(LINEAR_1, ACTIVATION, LINEAR_2, FUSED[FeedForward], HASH, GATHER, NORM),
 )
 NORMS = frozenset({"layer_norm", "rms_norm"})
 LAYOUT = frozenset("reshape transpose expand dims squeeze cast split strided slice concat".split())
@@ -45,6 +48,9 @@ def classify(steps: Sequence[Step]) -> list[str]:
     sources = _attention(steps, found)
     for i in sources:  # the layers behind q, k and v
         found.setdefault(i, QKV)
+    for step in steps:
+        if isinstance(step.node, HashTables):
+            found |= dict.fromkeys(_layers(steps, step.reads[:1]), HASH)
     _feed_forward(steps, found)
     return [found.get(i) or _own_class(step) for i, step in enumerate(steps)]
 
