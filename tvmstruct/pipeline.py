@@ -116,10 +116,10 @@ def _find_layers(
 ) -> Iterator[Rule]:
     yield ClipGathers()
     yield RecognizeLookup(table, names, session.lookups)
+    yield RecognizeKronecker(table, session.forms, names)
     yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
-    yield RecognizeKronecker(table, session.forms)
     yield RecognizeWord2Ket(table, session.tables, names)
     yield PlanEmbedding(table, session.tables, session.plan, names)
     yield ApplyPlan(table, session.forms, session.plan, session.tables)
