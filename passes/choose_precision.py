@@ -1,4 +1,4 @@
-"""Store the weights of dense layers in the precision that the user asked for."""
+"""Store the weights of layers and hash tables in the precision that the user asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Form, Layer, LayerTable, arguments
+from tvmstruct.layers import Form, HashTables, Layer, LayerTable, arguments
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
@@ -18,7 +18,7 @@ PROBES = 64  # random rows for the error of a structured operator
 
 
 class ChoosePrecision:
-    """Mark every layer whose weights a precision can hold; int8 leaves structured ones in f32."""
+    """Mark what a precision can hold; int8 leaves structured layers in f32, but not tables."""
 
     name = "choose_precision"
 
@@ -30,8 +30,13 @@ class ChoosePrecision:
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the layer in the precision, or why it stays in f32."""
+        if self.precision == "f32":
+            return None
+        node = self.table.node(call)
+        if isinstance(node, HashTables):
+            return self._tables(call, node)
         layer = self.table.layer(call)
-        if layer is None or self.precision == "f32":
+        if layer is None:
             return None
         form = self.forms[layer.key]
         if (why := self._obstacle(layer)) is not None:
@@ -44,6 +49,18 @@ class ChoosePrecision:
         shape = compat.static_shape(call)
         assert shape is not None
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
+
+    def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject | None:
+        """Return hash tables in the precision, or why they stay in f32; scores are f32 always."""
+        precision = "int8" if self.precision == "int8" else "bf16"
+        if node.precision == precision:
+            return None
+        stored = node.tables if precision == "int8" else round_bf16(node.tables)
+        if not np.isfinite(stored.astype(np.float32)).all():
+            return Reject(node.names[0], f"a table has values that {precision} cannot hold")
+        shape = compat.static_shape(call)
+        assert shape is not None
+        return self.table.call(replace(node, precision=precision), arguments(call), shape)
 
     def _obstacle(self, layer: Layer) -> str | None:
         dense = isinstance(layer.op, ops.Dense)

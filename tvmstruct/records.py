@@ -22,11 +22,12 @@ from tvmstruct.layers import (
     TableForm,
     arguments,
 )
-from tvmstruct.lookup import entries
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
+from tvmstruct.schedules.compute.hash_tables import ITEM
 from tvmstruct.skipping import Skip
 
+DENSE_BLOCK = 8  # n x n weights of a feed-forward block with four times n hidden features
 REFUSALS = (
     "canonicalize_dense",
     "fuse_attention",
@@ -192,16 +193,22 @@ def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
 
 def _lookup(node: HashTables) -> LayerRecord:
     """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
-    h, rows, n = node.tables.shape
-    tau = rows.bit_length() - 1
-    read = h * entries(tau, node.flips)
-    parameters = {"tau": tau, **({"flips": node.flips} if node.flips else {})}
-    size = node.tables.size + (0 if node.bias is None else node.bias.size)
-    why = f"{read} rows of {4 * n} bytes gathered for a row of x; {node.tables.size / n:,.0f} held"
+    t = node.static
+    read = t.h * t.entries
+    parameters = {"tau": t.tau, **({"flips": t.flips} if t.flips else {})}
+    bias = 0 if node.bias is None else node.bias.size
+    row = t.bytes // (t.h << t.tau)
+    dense = DENSE_BLOCK * t.n * t.n * ITEM[t.dtype]
+    more = "more" if t.bytes > dense else "less"
+    why = (
+        f"{read} rows of {row} bytes gathered for a row of x; tables of {t.bytes / 1e6:,.3g} MB, "
+        f"{more} than the {dense / 1e6:,.3g} of a dense block {t.n}-{4 * t.n}-{t.n}"
+    )
     scale = "" if node.scaled else ", without the linear scale"
+    stored = {"f32": "", "bf16": "; bf16", "int8": "; int8 with a scale for each row"}[t.dtype]
     return LayerRecord(
-        node.names[0], node.tables.shape, "lookup", parameters, size, read * n, 4 * size,
-        reason=why + scale,
+        node.names[0], node.tables.shape, "lookup", parameters, node.tables.size + bias,
+        read * t.n, t.bytes + 4 * bias, error=t.error(node.tables), reason=why + scale + stored,
     )  # fmt: skip
 
 
