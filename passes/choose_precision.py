@@ -1,4 +1,4 @@
-"""Store the weights of dense layers in the precision that the user asked for."""
+"""Store the weights of layers and the tables of lookups in the precision that was asked for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Form, Layer, LayerTable, arguments
+from tvmstruct.layers import Form, HashTables, Layer, LayerTable, arguments
+from tvmstruct.passes.emit_kernels import static_tables
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
 
+TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
 PROBES = 64  # random rows for the error of a structured operator
 
 
@@ -23,15 +25,25 @@ class ChoosePrecision:
     name = "choose_precision"
 
     def __init__(
-        self, table: LayerTable, forms: dict[str, Form], kernels: Kernels, precision: str
+        self,
+        table: LayerTable,
+        forms: dict[str, Form],
+        kernels: Kernels,
+        precision: str,
+        errors: dict[str, float] | None = None,
     ) -> None:
         self.table, self.forms = table, forms
+        self.errors = {} if errors is None else errors  # of lookup tables, by their names
         self.kernels, self.precision = kernels, precision
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the layer in the precision, or why it stays in f32."""
+        if self.precision == "f32":
+            return None
+        if isinstance(node := self.table.node(call), HashTables) and node.precision == "f32":
+            return self._tables(call, node)
         layer = self.table.layer(call)
-        if layer is None or self.precision == "f32":
+        if layer is None:
             return None
         form = self.forms[layer.key]
         if (why := self._obstacle(layer)) is not None:
@@ -44,6 +56,20 @@ class ChoosePrecision:
         shape = compat.static_shape(call)
         assert shape is not None
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
+
+    def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject:
+        """Return hash tables in the precision; scores and sums stay in f32."""
+        made = replace(node, precision=TABLES[self.precision])
+        name = "+".join(node.names)
+        if name not in self.errors:
+            stored = static_tables(made).stored(node.tables).astype(np.float64)
+            lost = float(np.linalg.norm(stored - node.tables))
+            self.errors[name] = lost / float(np.linalg.norm(node.tables) or 1)
+        if not math.isfinite(self.errors[name]):
+            return Reject(node.names[0], f"has values that {made.precision} cannot hold")
+        shape = compat.static_shape(call)
+        assert shape is not None
+        return self.table.call(made, arguments(call), shape)
 
     def _obstacle(self, layer: Layer) -> str | None:
         dense = isinstance(layer.op, ops.Dense)

@@ -25,6 +25,7 @@ from tvmstruct.layers import (
 from tvmstruct.lookup import entries
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
+from tvmstruct.schedules.compute.hash_tables import ITEM
 from tvmstruct.skipping import Skip
 
 REFUSALS = (
@@ -45,15 +46,18 @@ def layer_records(
     forms: Mapping[str, Form],
     names: Mapping[int, str],
     tables: Mapping[str, TableForm],
+    errors: Mapping[str, float],
 ) -> list[LayerRecord]:
     """Return one record per weight in the order of the graph: layers, and gathered tables.
 
+    ``errors`` are those of lookup tables in a lower precision, by their names.
     An output layer tied to a table, whose name is taken, is called ``name^T``.
     """
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
         if isinstance(node := table.node(value), HashTables):
-            found.setdefault("+".join(node.names), _lookup(node))
+            name = "+".join(node.names)
+            found.setdefault(name, _lookup(node, errors.get(name, 0.0)))
         if (layer := table.layer(value)) is not None:
             record = _layer(layer, forms[layer.key])
             tied = record.name in found and layer.key != record.name
@@ -190,19 +194,30 @@ def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
     )  # fmt: skip
 
 
-def _lookup(node: HashTables) -> LayerRecord:
+def _lookup(node: HashTables, error: float) -> LayerRecord:
     """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
     h, rows, n = node.tables.shape
     tau = rows.bit_length() - 1
-    read = h * entries(tau, node.flips)
+    read, item = h * entries(tau, node.flips), ITEM[node.precision]
     parameters = {"tau": tau, **({"flips": node.flips} if node.flips else {})}
-    size = node.tables.size + (0 if node.bias is None else node.bias.size)
-    why = f"{read} rows of {4 * n} bytes gathered for a row of x; {node.tables.size / n:,.0f} held"
-    scale = "" if node.scaled else ", without the linear scale"
+    biases = 0 if node.bias is None else node.bias.size
+    scales = h * rows if node.precision == "int8" else 0
+    notes = [
+        f"{read} rows of {item * n} bytes gathered for a row of x, {h * rows:,} held",
+        *([] if node.scaled else ["without the linear scale"]),
+        *([] if node.precision == "f32" else ["scores and sums in f32"]),
+    ]
     return LayerRecord(
-        node.names[0], node.tables.shape, "lookup", parameters, size, read * n, 4 * size,
-        reason=why + scale,
-    )  # fmt: skip
+        node.names[0],
+        node.tables.shape,
+        "lookup" if node.precision == "f32" else f"lookup {node.precision}",
+        parameters,
+        node.tables.size + biases,
+        read * n,
+        item * node.tables.size + 4 * (scales + biases),
+        error=error if node.precision != "f32" else 0.0,
+        reason="; ".join(notes),
+    )
 
 
 def _table(name: str, constant: relax.Expr) -> LayerRecord:
