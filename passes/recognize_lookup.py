@@ -26,7 +26,7 @@ from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.layers import HashTables, LayerTable
-from tvmstruct.lookup import hash_codes
+from tvmstruct.lookup import entries, hash_codes
 from tvmstruct.passes.constant_values import evaluate, names_of
 from tvmstruct.passes.factors import merge, size_of
 from tvmstruct.passes.linear import ROW
@@ -35,6 +35,7 @@ from tvmstruct.passes.slices import slice_of
 from tvmstruct.passes.table_codes import Refusal, Tables, probes, read_tables, splits
 from tvmstruct.passes.views import RESHAPES
 from tvmstruct.rewrite import Graph, Reject
+from tvmstruct.schedules import Kernels
 
 R = relax.op
 COMPARED = (
@@ -64,9 +65,13 @@ class RecognizeLookup:
     name = "recognize_lookup"
 
     def __init__(
-        self, table: LayerTable, names: Mapping[int, str], tables: dict[str, np.ndarray]
+        self,
+        table: LayerTable,
+        names: Mapping[int, str],
+        tables: dict[str, np.ndarray],
+        kernels: Kernels | None = None,
     ) -> None:
-        self.table, self.names, self.tables = table, names, tables
+        self.table, self.names, self.tables, self.kernels = table, names, tables, kernels
         self.graph: Graph | None = None
         self.found: dict[relax.Expr, Found | Reject] = {}
 
@@ -77,6 +82,9 @@ class RecognizeLookup:
         found = self.found.get(call)
         if found is None or isinstance(found, Reject):
             return found
+        if self.kernels is not None and not self.kernels.hashes(found.node.static):
+            count = entries(found.node.static.tau, found.node.flips)
+            return Reject(f"lookup.{found.node.names[0]}", f"no kernel reads {count} rows a table")
         shape, out = compat.static_shape(found.z), compat.static_shape(call)
         assert shape is not None
         assert out is not None

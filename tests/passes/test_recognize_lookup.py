@@ -75,3 +75,36 @@ def test_a_refusal_reaches_the_report():
     (found,) = model.run(builder.inputs).values()
     (want,) = models.run_onnx(proto, builder.inputs)
     np.testing.assert_allclose(found, want, **BOUND)
+
+
+@pytest.mark.parametrize(
+    ("precision", "form", "bound"),
+    [
+        ("bf16-weights", "lookup bf16", 0.01),
+        pytest.param("int8", "lookup int8", 0.02, marks=pytest.mark.isa("avx512vnni")),
+    ],
+)
+def test_tables_in_lower_precision(precision, form, bound):
+    (spelling,) = [s for s in SPELLINGS if s.name == "public_code"]
+    proto, inputs = spelling.model()
+    model = tvmstruct.compile(tvmstruct.from_onnx(proto), precision=precision)
+    (record,) = [r for r in model.report().layers if r.form.startswith("lookup")]
+    assert record.form == form
+    assert 0 < record.error < bound
+    item, scales = (2, 0) if precision != "int8" else (1, H << TAU)
+    assert record.bytes == item * (H * N << TAU) + 4 * scales
+    (found,), (want,) = model.run(inputs).values(), models.run_onnx(proto, inputs)
+    assert np.linalg.norm(found - want) < 0.1 * np.linalg.norm(want)
+
+
+def test_more_neighbours_than_a_kernel_takes_are_refused():
+    class Kernels:
+        def hashes(self, tables):
+            return tables.entries < 5
+
+    (spelling,) = [s for s in SPELLINGS if s.name == "neighbours"]
+    proto, _ = spelling.model()
+    rule = RecognizeLookup(LayerTable(), {}, {}, Kernels())
+    _, log = transform(tvmstruct.from_onnx(proto).at(), ClipGathers(), rule)
+    ((_, _, why),) = log.rejected
+    assert why == "no kernel reads 5 rows a table"
