@@ -149,11 +149,18 @@ def _signed(graph: Graph, expr: relax.Expr, seen: set[relax.Expr]) -> Iterator[r
 
 
 def _features(graph: Graph, expr: relax.Expr) -> Iterator[relax.Var]:
-    """Yield the tensor that an expression is a view of: reshaped, transposed, cut."""
+    """Yield the tensor that an expression is a view of: reshaped, transposed, cut.
+
+    A slice that alone reads its source crops features which were padded, and is all there is.
+    """
     while isinstance(expr, relax.Var):
         value = graph.value(expr)
         if (part := slice_of(graph, expr)) is not None:
-            expr = part.source
+            source = part.source
+            if not part.drop and isinstance(source, relax.Var) and graph.uses[source] == 1:
+                yield expr
+                return
+            expr = source
         elif compat.op_name(value) in LAYOUT:
             expr = value.args[0]
         else:

@@ -41,9 +41,9 @@ def expected(lookup: Lookup, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
 def test_a_layer_with_bh4_in_every_precision(precision, rng):
-    w = rng.normal(size=(1, 4, 4, 8, 8)) / 16
-    lookup = make(rng, bh4(w.astype(np.float32), 24, 30), h=6, tau=5, n=24)
-    x = rng.normal(size=(37, 24)).astype(np.float32)
+    w = rng.normal(size=(1, 4, 16, 4, 4)) / 16
+    lookup = make(rng, bh4(w.astype(np.float32), 50, 60), h=12, tau=5, n=50)
+    x = rng.normal(size=(37, 50)).astype(np.float32)
     model = tvmstruct.compile(lookup_module(lookup, 37), precision=precision)
     found, want = model(x), expected(lookup, x)
     if precision == "f32":
@@ -51,15 +51,15 @@ def test_a_layer_with_bh4_in_every_precision(precision, rng):
     else:  # a feature near zero may hash to another row once the projection is rounded
         error = np.linalg.norm(found - want, axis=1) / np.linalg.norm(want, axis=1)
         assert np.median(error) < 0.03
-    tables = next(r for r in model.report().layers if r.form == "lookup")
+    tables = next(r for r in model.report().layers if r.form.startswith("lookup"))
     size = lookup.tables.size
-    stored = {"f32": 4 * size, "bf16": 2 * size, "int8": size + 4 * 6 * 32}[precision]
-    assert tables.bytes == stored + 4 * 24
+    stored = {"f32": 4 * size, "bf16": 2 * size, "int8": size + 4 * 12 * 32}[precision]
+    assert tables.bytes == stored + 4 * 50
     assert (tables.error == 0) == (precision == "f32")
     assert tables.error < 0.01
-    assert "dense block 24-96-24" in tables.reason
-    projection = next(r for r in model.report().layers if r.form != "lookup")
-    assert projection.form == "bh4"
+    assert "dense block 50-200-50" in tables.reason
+    projection = next(r for r in model.report().layers if not r.form.startswith("lookup"))
+    assert projection.form.split()[0] == "bh4"
 
 
 def test_a_dense_projection_and_neighbours(rng):
@@ -75,17 +75,18 @@ def test_one_kernel_takes_bias_residual_and_normalisation(rng):
     projection = Dense(rng.normal(size=(20, 12)).astype(np.float32))
     model = tvmstruct.compile(lookup_module(make(rng, projection, h=3, tau=4, n=20), 5))
     model(np.zeros((5, 20), np.float32))
-    energy = model.energy()
-    assert [k.split("_")[1] for k in map(str, energy.rows)] if False else energy is not None
+    energy = str(model.energy())
+    assert "lookup" in energy or "tables" in energy
+    report = tvmstruct.profile(model, {"x": (5, 20)})
+    assert {row.name for row in report.rows if row.calls} == {"lookup hash", "lookup gather"}
 
 
-@pytest.mark.parametrize("value", [np.inf, 1e39])
-def test_tables_that_a_precision_cannot_hold_stay(value, rng):
+def test_tables_that_a_precision_cannot_hold_stay(rng):
     projection = Dense(rng.normal(size=(20, 12)).astype(np.float32))
     lookup = make(rng, projection, h=3, tau=4, n=20)
     tables = lookup.tables.astype(np.float64)
-    tables[0, 0, 0] = 3.4e38 if np.isfinite(value) else value
+    tables[0, 0, 0] = 3.4e38  # more than the largest bfloat16
     lookup = Lookup(projection, tables.astype(np.float32))
     model = tvmstruct.compile(lookup_module(lookup, 5), precision="bf16")
-    record = next(r for r in model.report().layers if r.form == "lookup")
+    record = next(r for r in model.report().layers if r.form.startswith("lookup"))
     assert record.bytes == 4 * lookup.tables.size

@@ -143,7 +143,7 @@ class Walk:
 
     order: str = "table-major"
     columns: int = 32
-    group: int = 16
+    group: int = 8
     chunk: int = 4096
 
     def __post_init__(self) -> None:
