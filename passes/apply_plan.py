@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -47,15 +47,32 @@ class ApplyPlan:
 
     def _form(self, layer: Layer, w: np.ndarray) -> Form | None:
         """Return what the plan asks for; of a table that is looked up too, what that became."""
-        tied = self.tables.get(layer.names[0])
-        if tied is not None and isinstance(tied.table, Word2KetXS):
-            op = tied.table.operator
-            op = ops.transpose(op) if layer.transposed else op
-            if (op.n_in, op.n_out) == w.shape:
-                reason = f"{tied.reason}; tied: the factors of the embedding"
-                return Form(op, tied.form, tied.parameters, tied.error, reason)
+        if (tied := self._tied(layer, w)) is not None:
+            return tied
         entry = self.plan.lookup(layer.names[0])
         if entry is None:
             return None
         fit = apply_layer(entry, w)
         return Form(fit.op, fit.family, fit.parameters, fit.error, "planned")
+
+    def _tied(self, layer: Layer, w: np.ndarray) -> Form | None:
+        """Return the form of a weight that is a looked-up table, by name or as a copy of it."""
+        form, flipped = self.tables.get(layer.names[0]), layer.transposed
+        if form is None:
+            form, flipped = next(self._copies(w), (None, False))
+        if form is None or not isinstance(form.table, Word2KetXS):
+            return None
+        op = form.table.operator
+        op = ops.transpose(op) if flipped else op
+        if (op.n_in, op.n_out) != w.shape:
+            return None  # the graph reshapes the table before it multiplies with it
+        reason = f"{form.reason}; tied: the factors of the embedding"
+        return Form(op, form.form, form.parameters, form.error, reason)
+
+    def _copies(self, w: np.ndarray) -> Iterator[tuple[TableForm, bool]]:
+        """Yield tables that ``w`` is a copy of, and whether it is transposed."""
+        for form in self.tables.values():
+            if form.dense is not None and np.array_equal(form.dense.T, w):
+                yield form, True
+            elif form.dense is not None and np.array_equal(form.dense, w):
+                yield form, False

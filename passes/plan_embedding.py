@@ -53,7 +53,7 @@ class PlanEmbedding:
 
 def _fitted(entry: LayerPlan, w: np.ndarray) -> TableForm:
     made, fit = apply_table(entry, w)
-    return TableForm(made, fit.family, fit.parameters, fit.error, "planned")
+    return TableForm(made, fit.family, fit.parameters, fit.error, "planned", w)
 
 
 def refusal(take: relax.Call) -> str:

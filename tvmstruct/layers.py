@@ -188,15 +188,19 @@ class Form:
     bytes: int | None = None  # of the stored weight, where not those of float32 parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TableForm:
-    """What an embedding table of the source became, decided once for every bucket."""
+    """What an embedding table of the source became, decided once for every bucket.
+
+    ``dense`` is the table that was fitted: an exported output layer may hold a transposed copy.
+    """
 
     table: TensorTable
     form: str
     parameters: Mapping[str, object] = field(default_factory=dict)
     error: float = 0.0
     reason: str = ""
+    dense: np.ndarray | None = None
 
     @classmethod
     def given(cls, table: TensorTable) -> TableForm:

@@ -253,32 +253,33 @@ def test_parameters_that_do_not_fit_a_table_name_it() -> None:
 # --- tied output projection ----------------------------------------------------------------
 
 
-def tied_model():
-    """``logits = tanh(E[ids]) @ E^T``."""
+def tied_model(*, copied: bool):
+    """``logits = tanh(E[ids]) @ E^T``, where E^T may be a weight of its own."""
     n = models.helper.make_node
-    arrays = {"words": WORD}
+    arrays = {"words": WORD} | ({"columns": WORD.T.copy()} if copied else {})
     graph = [
         n("Gather", ["words", "ids"], ["x"]),
         n("Tanh", ["x"], ["h"]),
-        n("Transpose", ["words"], ["columns"], perm=[1, 0]),
+        *([] if copied else [n("Transpose", ["words"], ["columns"], perm=[1, 0])]),
         n("MatMul", ["h", "columns"], ["y"]),
     ]
     ids = models.value("ids", ["batch", "length"], models.INT64)
     return models.make_model(graph, [ids], [models.value("y", None)], arrays)
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_tied_logits_go_through_the_factors(order: int, monkeypatch) -> None:
+@pytest.mark.parametrize(("order", "copied"), [(2, False), (2, True), (3, False)])
+def test_tied_logits_go_through_the_factors(order: int, copied: bool, monkeypatch) -> None:
     parameters = {"order": order, "r": 2}
     table, _ = nearest_table("word2ket_xs", WORD, **parameters)
     rows = np.stack([xs_row(table.factors, i, N) for i in range(WORDS)])
     plan = Plan({"words": LayerPlan("word2ket_xs", parameters)})
     monkeypatch.setattr(tvmstruct.ops.Op, "to_dense", None)  # nothing builds the table
-    model = tvmstruct.compile(tvmstruct.from_onnx(tied_model()), plan=plan)
+    model = tvmstruct.compile(tvmstruct.from_onnx(tied_model(copied=copied)), plan=plan)
     ids = inputs()[0]
     want = np.tanh(rows[ids]) @ rows.T
     np.testing.assert_allclose(model(ids), want, **tolerance("float32", 64, scale=4))
     found = {r.name: r for r in model.report().layers}
-    assert found["words"].shape == found["words^T"].shape[::-1] == (WORDS, N)
-    assert found["words"].form == found["words^T"].form == "word2ket_xs"
-    assert "tied: the factors of the embedding" in found["words^T"].reason
+    output = found["columns" if copied else "words^T"]
+    assert found["words"].shape == output.shape[::-1] == (WORDS, N)
+    assert found["words"].form == output.form == "word2ket_xs"
+    assert "tied: the factors of the embedding" in output.reason
