@@ -54,7 +54,8 @@ class Work:
 
     ``plain_flops`` are in float32 whatever the precision of the line. ``weight_values`` and
     ``other_bytes`` (x and y) are streamed by each call; ``resident`` are the values of all
-    weights. ``saving`` is the dense layer's multiply-adds over ours.
+    weights. ``saving`` is the dense layer's multiply-adds over ours. ``working_set`` are the bytes
+    whose level of the memory bounds the line, where that is not all that is streamed.
     """
 
     flops: float
@@ -63,6 +64,7 @@ class Work:
     resident: float
     saving: float = 1.0
     plain_flops: float = 0.0
+    working_set: float | None = None
 
 
 class Weights:

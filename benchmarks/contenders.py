@@ -15,6 +15,7 @@ import numpy as np
 from cases import Encoder, Stack, load
 from claims import Case
 from embedding_cases import Lookup
+from lookup_cases import FEW, INPUTS, LookupCase, LookupFfn
 
 from tvmstruct.ops import Array
 
@@ -39,6 +40,8 @@ def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Ca
     if name == "tvmstruct-dense":
         assert isinstance(case, Stack)
         case, files = Stack(case.rows, case.k, case.n, case.layers), ()
+    if isinstance(case, LookupCase) and name.startswith("tvmstruct"):
+        return _lookup(case, OPTIONS.get(name, {}))
     model, feeds = _model(case, files)
     if name == "onnxruntime":
         return _onnxruntime(model, feeds, threads), ""
@@ -127,6 +130,8 @@ def _torch(case: Case, files: Sequence[str], threads: int, *, bf16: bool) -> Cal
     torch.set_num_threads(threads)
     if isinstance(case, Encoder):
         raise ValueError("no PyTorch form of this model is installed")
+    if isinstance(case, LookupFfn):
+        return case.torch(bf16=bf16)
     if not isinstance(case, Stack):
         return case.torch()
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -144,6 +149,25 @@ def _torch(case: Case, files: Sequence[str], threads: int, *, bf16: bool) -> Cal
         return y
 
     return call
+
+
+def _lookup(case: LookupCase, options: dict[str, Any]) -> tuple[Call, str]:
+    """Return the lookup form of ours; few tokens come anew with each call, for rows in cache."""
+    from itertools import cycle
+
+    import tvmstruct
+    from tvmstruct.arrays import aligned_empty
+
+    compiled = tvmstruct.compile(case.source(), **options)
+    x = case.feeds()["x"]
+    rng, inputs = np.random.default_rng(3), []
+    for _ in range(INPUTS if case.rows <= FEW else 1):
+        array = aligned_empty(x.shape, x.dtype)
+        array[...] = rng.standard_normal(x.shape, np.float32)
+        inputs.append(array)
+    turns = cycle(inputs)
+    forms = [layer.form for layer in compiled.report().layers]
+    return lambda: compiled(next(turns)), ", ".join(dict.fromkeys(forms))
 
 
 def _tvmstruct(

@@ -85,7 +85,10 @@ class Roof:
 
     def _working_set(self, work: Work, precision: str) -> int:
         """Return the bytes of a thread, in whole turns of the loop that reads them."""
-        size = (WIDTHS[precision] * work.resident + work.other_bytes) / self.threads
+        size = work.working_set
+        if size is None:
+            size = WIDTHS[precision] * work.resident + work.other_bytes
+        size /= self.threads
         return whole_turns(self.spec, size)
 
     def _read(self, size: int) -> Limit:

@@ -28,7 +28,6 @@ from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
-from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.compute.low_precision import pair_vectors
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
@@ -191,7 +190,7 @@ class EmitKernels:
     @_kernel.register
     def _(self, node: HashTables, args, shape):
         z, *more = args
-        tables = static_tables(node)
+        tables = node.static
         packed = cache(lambda: tables.pack(node.tables, self.kernels.lanes))
         names = ("tables", "scales") if node.precision == "int8" else ("tables",)
         key = f"{node.names[0]}#{node.precision}{self.kernels.lanes}"
@@ -223,10 +222,3 @@ class EmitKernels:
             relax.const(self.store.tensor(f"{name}#table{i}", lambda i=i: packed()[i]))
             for i in range(count)
         ]
-
-
-def static_tables(node: HashTables) -> Tables:
-    """Return what the kernel of a node depends on."""
-    h, rows, n = node.tables.shape
-    tau = rows.bit_length() - 1
-    return Tables(h, tau, n, node.flips, node.scaled, node.precision, node.epilogue)

@@ -9,17 +9,29 @@ n1 n2 and m1 m2 are more than there are (Shapeshifter).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
 from tvmstruct.families.kronecker import Shape, factor_shapes, kronecker
-from tvmstruct.layers import Form, Layer, LayerTable, arguments
+from tvmstruct.layers import Form, Layer, LayerTable
 from tvmstruct.passes.factored import common_name, cropped_width, is_cropped
 from tvmstruct.rewrite import Graph
 
 R = relax.op
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``x @ w``, which has ``size`` values."""
+
+    name: str
+    w: np.ndarray
+    x: relax.Expr
+    size: int
 
 
 @dataclass(frozen=True)
@@ -33,12 +45,16 @@ class _Found:
 
 
 class RecognizeKronecker:
-    """Replace the chain of two dense layers by one layer in the form of its factors."""
+    """Replace the chain by one layer in the form of its factors, whatever its matrix would cost.
+
+    Who stores factors wants little memory: this comes before `RecognizeOperator`, which would
+    take a matrix where that has fewer multiply-adds.
+    """
 
     name = "recognize_kronecker"
 
-    def __init__(self, table: LayerTable, forms: dict[str, Form]) -> None:
-        self.table, self.forms = table, forms
+    def __init__(self, table: LayerTable, forms: dict[str, Form], names: Mapping[int, str]) -> None:
+        self.table, self.forms, self.names = table, forms, names
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the structured layer at the last call of a chain, or None."""
@@ -58,37 +74,50 @@ class RecognizeKronecker:
         out = _reordered(graph, end, 2)  # (..., m2, m1) -> (..., m1, m2)
         if out is None or out.order != (1, 0):
             return None
-        second, call = self._dense(graph, out.x)
-        middle = None if call is None else _reordered(graph, arguments(call)[0], 3)
+        second = self._product(graph, out.x)
+        middle = None if second is None else _reordered(graph, second.x, 3)
         if second is None or middle is None or middle.order != (1, 2, 0):
             return None
-        first, before = self._dense(graph, middle.x)
-        if first is None or before is None:
+        first = self._product(graph, middle.x)
+        if first is None:
             return None
-        return self._join(graph, (first, second), before, (out.sizes, middle.sizes), width)
+        return self._join(graph, (first, second), (out.sizes, middle.sizes), width)
 
-    def _dense(self, graph: Graph, expr: relax.Expr) -> tuple[Layer | None, relax.Call | None]:
-        """Return a bare dense layer and its call, if nothing else reads it."""
-        call = graph.value(expr)
-        layer = self.table.layer(call)
-        bare = layer is not None and isinstance(layer.op, ops.Dense) and graph.single(expr)
-        return (layer, call) if bare else (None, None)
+    def _product(self, graph: Graph, expr: relax.Expr) -> _Product | None:
+        """Return a product with a constant matrix, if nothing else reads it."""
+        call = graph.call(expr, "relax.matmul")
+        if call is None or not graph.single(expr):
+            return None
+        value, shape = graph.value(call.args[1]), compat.static_shape(call)
+        if not compat.is_constant(value) or shape is None:
+            return None
+        w = compat.constant_array(value)
+        if w.ndim != 2 or w.dtype != np.float32:
+            return None
+        name = self.names.get(compat.address(compat.constant_tensor(value)), "factor")
+        return _Product(name, w, call.args[0], math.prod(shape))
 
-    def _join(self, graph: Graph, layers, before, sizes, width: int) -> _Found | None:
-        first, second = layers
+    def _join(
+        self,
+        graph: Graph,
+        products: tuple[_Product, _Product],
+        sizes: tuple[tuple[int, ...], tuple[int, ...]],
+        width: int,
+    ) -> _Found | None:
+        first, second = products
         (m2, m1), (n1, also_m2, r) = sizes
-        n2, columns = first.op.w.shape
-        if also_m2 != m2 or columns != m2 * r or second.op.w.shape != (r * n1, m1):
+        n2, columns = first.w.shape
+        if also_m2 != m2 or columns != m2 * r or second.w.shape != (r * n1, m1):
             return None
-        rows = math.prod(compat.static_shape(before) or (0,)) // (n1 * columns)
-        x, n_in = _before_padding(graph, arguments(before)[0], n1 * n2)
-        b = first.op.w.reshape(n2, m2, r).transpose(2, 0, 1)
-        a = second.op.w.reshape(r, n1, m1)
+        rows = first.size // (n1 * columns)
+        x, n_in = _before_padding(graph, first.x, n1 * n2)
+        b = first.w.reshape(n2, m2, r).transpose(2, 0, 1)
+        a = second.w.reshape(r, n1, m1)
         op = ops.product(
             *ops.pad(n_in, n1 * n2), kronecker(a, b), *ops.crop(m1 * m2, width or m1 * m2)
         )
-        op = ops.cast(op, first.op.w.dtype)
-        names = (common_name(first.names[0], second.names[0]),)
+        op = ops.cast(op, first.w.dtype)
+        names = (common_name(first.name, second.name),)
         dense = n_in * op.n_out
         reason = f"as the graph has it; a dense one takes {dense:,} multiply-adds"
         parameters = _parameters(n_in, op.n_out, r, (n1, m1), (n2, m2))
@@ -97,7 +126,7 @@ class RecognizeKronecker:
 
 @dataclass(frozen=True)
 class _Reordered:
-    """A reshape of a transpose of the last axes of a reshape: what it reads, sizes, order."""
+    """A reshape of a transpose of the last axes of an array: what it reads, sizes, order."""
 
     x: relax.Expr
     sizes: tuple[int, ...]
@@ -106,18 +135,20 @@ class _Reordered:
 
 def _reordered(graph: Graph, expr: relax.Expr, axes: int) -> _Reordered | None:
     """Return how ``expr`` reorders the last ``axes`` of an array, if nothing else reads a step."""
-    steps = []
-    for name in ("relax.reshape", "relax.permute_dims", "relax.reshape"):
-        call = graph.call(expr, name)
-        if call is None or (steps and not graph.single(expr)):
+    outer = graph.call(expr, "relax.reshape")
+    moved = None if outer is None else graph.call(outer.args[0], "relax.permute_dims")
+    if outer is None or moved is None or not graph.single(outer.args[0]):
+        return None
+    source = moved.args[0]
+    shape, order = compat.static_shape(source), [int(a) for a in moved.attrs.axes or ()]
+    if (inner := graph.call(source, "relax.reshape")) is not None:
+        if not graph.single(source):
             return None
-        steps.append(call)
-        expr = call.args[0]
-    shape, order = compat.static_shape(steps[2]), [int(a) for a in steps[1].attrs.axes or ()]
+        source = inner.args[0]
     lead = 0 if shape is None else len(shape) - axes
     if shape is None or lead < 0 or order[:lead] != list(range(lead)):
         return None
-    return _Reordered(expr, shape[lead:], tuple(a - lead for a in order[lead:]))
+    return _Reordered(source, shape[lead:], tuple(a - lead for a in order[lead:]))
 
 
 def _parameters(n_in: int, n_out: int, r: int, a: Shape, b: Shape) -> dict[str, object]:

@@ -28,7 +28,6 @@ from tvmstruct import compat
 from tvmstruct.layers import HashTables, LayerTable
 from tvmstruct.lookup import entries, hash_codes
 from tvmstruct.passes.constant_values import evaluate, names_of
-from tvmstruct.passes.emit_kernels import static_tables
 from tvmstruct.passes.factors import merge, size_of
 from tvmstruct.passes.linear import ROW
 from tvmstruct.passes.probe import Gather, Probed, Prober, Unknown
@@ -83,8 +82,8 @@ class RecognizeLookup:
         found = self.found.get(call)
         if found is None or isinstance(found, Reject):
             return found
-        if self.kernels is not None and not self.kernels.hashes(static_tables(found.node)):
-            count = entries(static_tables(found.node).tau, found.node.flips)
+        if self.kernels is not None and not self.kernels.hashes(found.node.static):
+            count = entries(found.node.static.tau, found.node.flips)
             return Reject(f"lookup.{found.node.names[0]}", f"no kernel reads {count} rows a table")
         shape, out = compat.static_shape(found.z), compat.static_shape(call)
         assert shape is not None

@@ -17,6 +17,7 @@ from tvmstruct import compat, ops
 from tvmstruct.embeddings import TensorTable
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
+from tvmstruct.schedules.compute.hash_tables import Tables
 
 PREFIX = "tvmstruct.layer."
 
@@ -146,6 +147,13 @@ class HashTables:
     def epilogue(self) -> Epilogue:
         """What the kernel adds to the sum of rows."""
         return Epilogue(self.bias is not None, "none", self.residual, self.norm)
+
+    @property
+    def static(self) -> Tables:
+        """What the kernel depends on."""
+        h, rows, n = self.tables.shape
+        tau = rows.bit_length() - 1
+        return Tables(h, tau, n, self.flips, self.scaled, self.precision, self.epilogue)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ class Session:
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
     tables: dict[str, TableForm] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)  # of tables in a lower precision
     lookups: dict[str, np.ndarray] = field(default_factory=dict)  # tables in our order of bits
     select: Select = keep_default
     precision: str = "f32"
@@ -95,7 +94,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     table, log = LayerTable(), Log()
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
-    layers = layer_records(mod, table, session.forms, names, session.tables, session.errors)
+    layers = layer_records(mod, table, session.forms, names, session.tables)
     for rule in _fuse(table, names, session):
         mod = apply_rule(mod, rule, log)
     layers += [*fused_records(mod, table, session.skip), *refused_records(log)]
@@ -117,15 +116,15 @@ def _find_layers(
 ) -> Iterator[Rule]:
     yield ClipGathers()
     yield RecognizeLookup(table, names, session.lookups, session.kernels)
+    yield RecognizeKronecker(table, session.forms, names)
     yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)
     yield SimplifyLayout()
-    yield RecognizeKronecker(table, session.forms)
     yield RecognizeWord2Ket(table, session.tables, names)
     yield PlanEmbedding(table, session.tables, session.plan, names)
     yield ApplyPlan(table, session.forms, session.plan, session.tables)
     yield RecoverStructure(table, session.forms, stored)
-    yield ChoosePrecision(table, session.forms, session.kernels, session.precision, session.errors)
+    yield ChoosePrecision(table, session.forms, session.kernels, session.precision)
 
 
 def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:

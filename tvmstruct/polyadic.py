@@ -11,8 +11,10 @@ from functools import reduce
 
 import numpy as np
 
-from tvmstruct.fit import ROUNDING, STALL
+from tvmstruct.fit import ROUNDING
 from tvmstruct.ops import Array
+
+GAIN = 1e-6  # of a sweep, relative, under which it has converged
 
 Vectors = list[Array]  # one (r, d_j) per axis: term k is the outer product of row k of each
 
@@ -55,7 +57,7 @@ def _polish(x: Array, vectors: Vectors, sweeps: int) -> Vectors:
         before, error = error, float(np.linalg.norm(x - compose(found)))
         if error < before:
             vectors = found
-        if before - error <= STALL * before:
+        if before - error <= GAIN * before:
             break
     return vectors
 
@@ -63,19 +65,23 @@ def _polish(x: Array, vectors: Vectors, sweeps: int) -> Vectors:
 def _polish_known(x: Array, known: Array, vectors: Vectors, sweeps: int) -> Vectors:
     """Do the same with the free entries filled from the terms before each sweep."""
     filled = compose(vectors)
-    error = float(np.linalg.norm((x - filled)[known]))
+    error = _residual(x, filled, known)
     for _ in range(sweeps):
         if error <= ROUNDING**2:
             break
-        filled[known] = x[known]
+        np.copyto(filled, x, where=known)
         found = _sweep(filled, vectors)
         filled = compose(found)
-        before, error = error, float(np.linalg.norm((x - filled)[known]))
+        before, error = error, _residual(x, filled, known)
         if error < before:
             vectors = found
-        if before - error <= STALL * before:
+        if before - error <= GAIN * before:
             break
     return vectors
+
+
+def _residual(x: Array, fitted: Array, known: Array) -> float:
+    return float(np.linalg.norm((x - fitted) * known))
 
 
 def _sweep(x: Array, vectors: Vectors) -> Vectors:

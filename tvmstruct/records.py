@@ -22,12 +22,12 @@ from tvmstruct.layers import (
     TableForm,
     arguments,
 )
-from tvmstruct.lookup import entries
 from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 from tvmstruct.schedules.compute.hash_tables import ITEM
 from tvmstruct.skipping import Skip
 
+DENSE_BLOCK = 8  # n x n weights of a feed-forward block with four times n hidden features
 REFUSALS = (
     "canonicalize_dense",
     "fuse_attention",
@@ -46,18 +46,15 @@ def layer_records(
     forms: Mapping[str, Form],
     names: Mapping[int, str],
     tables: Mapping[str, TableForm],
-    errors: Mapping[str, float],
 ) -> list[LayerRecord]:
     """Return one record per weight in the order of the graph: layers, and gathered tables.
 
-    ``errors`` are those of lookup tables in a lower precision, by their names.
     An output layer tied to a table, whose name is taken, is called ``name^T``.
     """
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
         if isinstance(node := table.node(value), HashTables):
-            name = "+".join(node.names)
-            found.setdefault(name, _lookup(node, errors.get(name, 0.0)))
+            found.setdefault("+".join(node.names), _lookup(node))
         if (layer := table.layer(value)) is not None:
             record = _layer(layer, forms[layer.key])
             tied = record.name in found and layer.key != record.name
@@ -194,30 +191,25 @@ def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
     )  # fmt: skip
 
 
-def _lookup(node: HashTables, error: float) -> LayerRecord:
+def _lookup(node: HashTables) -> LayerRecord:
     """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
-    h, rows, n = node.tables.shape
-    tau = rows.bit_length() - 1
-    read, item = h * entries(tau, node.flips), ITEM[node.precision]
-    parameters = {"tau": tau, **({"flips": node.flips} if node.flips else {})}
-    biases = 0 if node.bias is None else node.bias.size
-    scales = h * rows if node.precision == "int8" else 0
-    notes = [
-        f"{read} rows of {item * n} bytes gathered for a row of x, {h * rows:,} held",
-        *([] if node.scaled else ["without the linear scale"]),
-        *([] if node.precision == "f32" else ["scores and sums in f32"]),
-    ]
-    return LayerRecord(
-        node.names[0],
-        node.tables.shape,
-        "lookup" if node.precision == "f32" else f"lookup {node.precision}",
-        parameters,
-        node.tables.size + biases,
-        read * n,
-        item * node.tables.size + 4 * (scales + biases),
-        error=error if node.precision != "f32" else 0.0,
-        reason="; ".join(notes),
+    t = node.static
+    read = t.h * t.entries
+    parameters = {"tau": t.tau, **({"flips": t.flips} if t.flips else {})}
+    bias = 0 if node.bias is None else node.bias.size
+    row = t.bytes // (t.h << t.tau)
+    dense = DENSE_BLOCK * t.n * t.n * ITEM[t.dtype]
+    more = "more" if t.bytes > dense else "less"
+    why = (
+        f"{read} rows of {row} bytes gathered for a row of x; tables of {t.bytes / 1e6:,.3g} MB, "
+        f"{more} than the {dense / 1e6:,.3g} of a dense block {t.n}-{4 * t.n}-{t.n}"
     )
+    scale = "" if node.scaled else ", without the linear scale"
+    stored = {"f32": "", "bf16": "; bf16", "int8": "; int8 with a scale for each row"}[t.dtype]
+    return LayerRecord(
+        node.names[0], node.tables.shape, "lookup", parameters, node.tables.size + bias,
+        read * t.n, t.bytes + 4 * bias, error=t.error(node.tables), reason=why + scale + stored,
+    )  # fmt: skip
 
 
 def _table(name: str, constant: relax.Expr) -> LayerRecord:

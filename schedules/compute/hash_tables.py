@@ -7,7 +7,8 @@ stays in cache while they pass, and a row of a slice is whole cache lines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,6 +76,23 @@ class Tables:
         packed = self.pack(tables, 1)
         q = packed["tables"].transpose(1, 0, 2).reshape(len(packed["scales"]), -1)[:, : self.n]
         return (q.astype(np.float32) * packed["scales"][:, None]).reshape(tables.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tables without padding, scales included."""
+        rows = self.h << self.tau
+        return rows * self.n * ITEM[self.dtype] + (4 * rows if self.dtype == "int8" else 0)
+
+    def error(self, tables: np.ndarray) -> float:
+        """Return the relative Frobenius error of the tables as they are stored."""
+        if self.dtype == "f32":
+            return 0.0
+        lost = norm = 0.0
+        for one in tables:  # of one table at a time: all of them may be gigabytes
+            alone = replace(self, h=1).stored(one[None])[0].astype(np.float64)
+            lost += float(((alone - one) ** 2).sum())
+            norm += float((one.astype(np.float64) ** 2).sum())
+        return math.sqrt(lost / norm) if norm else 0.0
 
     def _cut(self, rows: np.ndarray, lanes: int) -> np.ndarray:
         columns, slices = self.columns(lanes), self.slices(lanes)

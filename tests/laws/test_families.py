@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from functools import reduce
@@ -402,6 +403,15 @@ def test_bad_weights_are_refused(family: str) -> None:
 def test_factors_that_make_no_table_are_refused(shapes: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         families.word2ket_xs([normal(*shape) for shape in shapes], 7, 5)
+
+
+def test_a_fit_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("tvmstruct.families.word2ket_xs")  # its function hides it
+    monkeypatch.setattr(module, "ARRAYS", 10**12)
+    with pytest.raises(
+        ValueError, match=r"a 24x36 table takes .* GB, .* GB are free; take order=2"
+    ):
+        FAMILIES["word2ket_xs"].nearest(normal(24, 36), order=3, r=1)
 
 
 def test_shapes_of_kronecker_factors_complete_each_other() -> None:

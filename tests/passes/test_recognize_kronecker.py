@@ -43,7 +43,7 @@ def chain(emit, x, *, second_reader=False, crop=(0, N_OUT), fill=0.0, order=(0, 
 def recognised(**options) -> tuple:
     mod = module(lambda emit, x: chain(emit, x, **options), (2, 7, N_IN))
     table, forms = LayerTable(), {}
-    rules = (CanonicalizeDense(table, {}), SimplifyLayout(), RecognizeKronecker(table, forms))
+    rules = (RecognizeKronecker(table, forms, {}), CanonicalizeDense(table, {}), SimplifyLayout())
     mod, _ = transform(mod, *rules)
     return mod, table, forms
 

@@ -7,6 +7,7 @@ cropped.  Order 2 is the sum of Kroneckers of Shapeshifter.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from tvmstruct.fit import Fit, as_stored, as_weight, relative_error
 from tvmstruct.ops import Array, Op, SharedBlockDiag, add, crop, pad, product, swap
 from tvmstruct.polyadic import compose, decompose
 
+ARRAYS = 5  # of float64, as large as the uncropped table, that a fit holds at a time
+SWEEPS = 20  # of least squares, at most
 MOST = 6  # order, as in the paper's software; the fit's tensors have as many axes
 
 
@@ -69,13 +72,25 @@ def word2ket_xs_factors(
     if order == 2:
         a, b, error = kronecker_factors(target, r=r)
         return [a, b], error
+    _check_memory(n_in, n_out, (t * q) ** order)
     full = np.zeros((t**order, q**order))
     full[:n_in, :n_out] = target
     known = np.zeros(full.shape, bool)
     known[:n_in, :n_out] = True
-    vectors = decompose(_rearrange(full, t, q), _rearrange(known, t, q), r, sweeps or 40)
+    vectors = decompose(_rearrange(full, t, q), _rearrange(known, t, q), r, sweeps or SWEEPS)
     fitted = _restore(compose(vectors), t, q)[:n_in, :n_out]
     return [v.reshape(r, t, q) for v in vectors], relative_error(fitted, target)
+
+
+def _check_memory(n_in: int, n_out: int, entries: int) -> None:
+    """Refuse a fit whose tensors would not fit into the memory that is free."""
+    need = ARRAYS * 8 * entries
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > free:
+        raise ValueError(
+            f"word2ket_xs: fitting a {n_in}x{n_out} table takes {need / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; take order=2"
+        )
 
 
 def factor_sides(n_in: int, n_out: int, *, order: int, r: int) -> tuple[int, int]:

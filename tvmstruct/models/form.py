@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tvmstruct.errors import InputError
 from tvmstruct.families.kronecker import factor_shapes
+from tvmstruct.families.word2ket_xs import MOST, factor_sides
 
 KINDS = ("dense", "kronecker", "phm")
-HIGHEST_ORDER = 6
 Factors = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -33,8 +33,8 @@ class Form:
         """Raise InputError for an unknown kind or an order that no table has."""
         if self.kind not in KINDS:
             raise InputError(f"{model}: form is {self.kind!r}, want one of {', '.join(KINDS)}")
-        if not 2 <= self.order <= HIGHEST_ORDER:
-            raise InputError(f"{model}: order is {self.order}, want 2 to {HIGHEST_ORDER}")
+        if not 2 <= self.order <= MOST:
+            raise InputError(f"{model}: order is {self.order}, want 2 to {MOST}")
 
     def matrix(self, n_in: int, n_out: int) -> Factors | None:
         """Return the shapes of A and B of a matrix, or None where it stays dense."""
@@ -56,14 +56,6 @@ class Form:
         """Return t, q of the ``order`` factors t x q of a table, or None where it stays dense."""
         if self.kind != "kronecker":
             return None
-        t, q = (root(n, self.order) for n in (rows, width))
+        t, q = factor_sides(rows, width, order=self.order, r=self.r_embedding)
         stored = self.r_embedding * self.order * t * q
         return (t, q) if stored < rows * width else None
-
-
-def root(n: int, order: int) -> int:
-    """Return the least integer whose ``order``-th power is at least ``n``."""
-    guess = max(1, round(n ** (1 / order)) - 1)
-    while guess**order < n:
-        guess += 1
-    return guess
