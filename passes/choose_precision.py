@@ -1,4 +1,4 @@
-"""Store the weights of layers and hash tables in the precision that the user asked for."""
+"""Store the weights of layers and the tables of lookups in the precision that was asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
 
+TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
 PROBES = 64  # random rows for the error of a structured operator
 
 
@@ -23,17 +24,22 @@ class ChoosePrecision:
     name = "choose_precision"
 
     def __init__(
-        self, table: LayerTable, forms: dict[str, Form], kernels: Kernels, precision: str
+        self,
+        table: LayerTable,
+        forms: dict[str, Form],
+        kernels: Kernels,
+        precision: str,
+        errors: dict[str, float] | None = None,
     ) -> None:
         self.table, self.forms = table, forms
+        self.errors = {} if errors is None else errors  # of lookup tables, by their names
         self.kernels, self.precision = kernels, precision
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the layer in the precision, or why it stays in f32."""
         if self.precision == "f32":
             return None
-        node = self.table.node(call)
-        if isinstance(node, HashTables):
+        if isinstance(node := self.table.node(call), HashTables) and node.precision == "f32":
             return self._tables(call, node)
         layer = self.table.layer(call)
         if layer is None:
@@ -50,17 +56,17 @@ class ChoosePrecision:
         assert shape is not None
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
 
-    def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject | None:
-        """Return hash tables in the precision, or why they stay in f32; scores are f32 always."""
-        precision = "int8" if self.precision == "int8" else "bf16"
-        if node.precision == precision:
-            return None
-        stored = node.tables if precision == "int8" else round_bf16(node.tables)
-        if not np.isfinite(stored.astype(np.float32)).all():
-            return Reject(node.names[0], f"a table has values that {precision} cannot hold")
+    def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject:
+        """Return hash tables in the precision; scores and sums stay in f32."""
+        made = replace(node, precision=TABLES[self.precision])
+        name = "+".join(node.names)
+        if name not in self.errors:
+            self.errors[name] = made.static.error(node.tables)
+        if not math.isfinite(self.errors[name]):
+            return Reject(node.names[0], f"has values that {made.precision} cannot hold")
         shape = compat.static_shape(call)
         assert shape is not None
-        return self.table.call(replace(node, precision=precision), arguments(call), shape)
+        return self.table.call(made, arguments(call), shape)
 
     def _obstacle(self, layer: Layer) -> str | None:
         dense = isinstance(layer.op, ops.Dense)

@@ -13,6 +13,7 @@ import tvm
 from tvmstruct import pipeline
 from tvmstruct.buckets import Policy
 from tvmstruct.database import selector
+from tvmstruct.embeddings import TABLE_FAMILIES
 from tvmstruct.errors import InputError, PlanError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.layers import TableForm
@@ -150,6 +151,11 @@ class Compiler:
         planned, found = set(self.session.plan), set(self.session.tables)
         for key in self.session.forms:
             found.add(key.removesuffix("^T"))
+        if unused := sorted((planned - found) & set(self.source.tensors)):
+            raise PlanError(
+                f"plan: no dense layer multiplies with {unused}; a table whose rows are looked up "
+                f"by ids takes one of the forms {', '.join(TABLE_FAMILIES)}"
+            )
         if missing := planned - found:
             known = ", ".join(sorted(found)[:20])
             raise PlanError(f"plan: no layer is called {sorted(missing)}; the layers are: {known}")

@@ -64,6 +64,7 @@ class Session:
     store: WeightStore = field(default_factory=WeightStore)
     forms: dict[str, Form] = field(default_factory=dict)
     tables: dict[str, TableForm] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)  # of tables in a lower precision
     lookups: dict[str, np.ndarray] = field(default_factory=dict)  # tables in our order of bits
     select: Select = keep_default
     precision: str = "f32"
@@ -94,7 +95,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     table, log = LayerTable(), Log()
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
-    layers = layer_records(mod, table, session.forms, names, session.tables)
+    layers = layer_records(mod, table, session.forms, names, session.tables, session.errors)
     for rule in _fuse(table, names, session):
         mod = apply_rule(mod, rule, log)
     layers += [*fused_records(mod, table, session.skip), *refused_records(log)]
@@ -124,7 +125,7 @@ def _find_layers(
     yield PlanEmbedding(table, session.tables, session.plan, names)
     yield ApplyPlan(table, session.forms, session.plan, session.tables)
     yield RecoverStructure(table, session.forms, stored)
-    yield ChoosePrecision(table, session.forms, session.kernels, session.precision)
+    yield ChoosePrecision(table, session.forms, session.kernels, session.precision, session.errors)
 
 
 def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:

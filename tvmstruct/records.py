@@ -46,15 +46,18 @@ def layer_records(
     forms: Mapping[str, Form],
     names: Mapping[int, str],
     tables: Mapping[str, TableForm],
+    errors: Mapping[str, float],
 ) -> list[LayerRecord]:
     """Return one record per weight in the order of the graph: layers, and gathered tables.
 
+    ``errors`` are those of lookup tables in a lower precision, by their names.
     An output layer tied to a table, whose name is taken, is called ``name^T``.
     """
     found: dict[str, LayerRecord] = {}
     for value in Graph(mod["main"]).bound.values():
         if isinstance(node := table.node(value), HashTables):
-            found.setdefault("+".join(node.names), _lookup(node))
+            name = "+".join(node.names)
+            found.setdefault(name, _lookup(node, errors.get(name, 0.0)))
         if (layer := table.layer(value)) is not None:
             record = _layer(layer, forms[layer.key])
             tied = record.name in found and layer.key != record.name
@@ -191,7 +194,7 @@ def _made_table(node: Embedding, form: TableForm) -> LayerRecord:
     )  # fmt: skip
 
 
-def _lookup(node: HashTables) -> LayerRecord:
+def _lookup(node: HashTables, error: float) -> LayerRecord:
     """Return the record of hash tables: every row of x gathers ``h`` rows, or their neighbours."""
     t = node.static
     read = t.h * t.entries
@@ -205,10 +208,12 @@ def _lookup(node: HashTables) -> LayerRecord:
         f"{more} than the {dense / 1e6:,.3g} of a dense block {t.n}-{4 * t.n}-{t.n}"
     )
     scale = "" if node.scaled else ", without the linear scale"
-    stored = {"f32": "", "bf16": "; bf16", "int8": "; int8 with a scale for each row"}[t.dtype]
+    form, stored = "lookup", ""
+    if t.dtype != "f32":
+        form, stored = f"lookup {t.dtype}", "; scores and sums in f32"
     return LayerRecord(
-        node.names[0], node.tables.shape, "lookup", parameters, node.tables.size + bias,
-        read * t.n, t.bytes + 4 * bias, error=t.error(node.tables), reason=why + scale + stored,
+        node.names[0], node.tables.shape, form, parameters, node.tables.size + bias, read * t.n,
+        t.bytes + 4 * bias, error=error, reason=why + scale + stored,
     )  # fmt: skip
 
 

@@ -234,6 +234,15 @@ def test_planned_tables_that_stay_dense_say_why(entry, body, dtype, why) -> None
     assert why in found
 
 
+def test_a_form_without_lookups_is_refused_where_only_rows_are_looked_up() -> None:
+    mod = named(lambda emit, ids: emit(take(WORD, ids)), WORD, SHAPE)
+    plan = Plan({"words": LayerPlan("low_rank", {"r": 2})})
+    with pytest.raises(
+        tvmstruct.errors.PlanError, match=r"multiplies with \['words'\]; .* word2ket"
+    ):
+        tvmstruct.compile(mod, plan=plan)
+
+
 def test_parameters_that_do_not_fit_a_table_name_it() -> None:
     mod = named(bert, WORD, SHAPE, SHAPE)
     plan = Plan({"words": LayerPlan("word2ket_xs", {"order": 7, "r": 1})})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
 
 from tests.embedding_reference import ket_row, layer_norm, xs_row
 from tests.kernels import build, call, every_isa, gamma_and_beta
 from tvmstruct.embeddings import TensorTable, Word2Ket, Word2KetXS
 from tvmstruct.schedules.compute.embedding import EmbeddingSum, Rows, pack_table, tensors_of
 from tvmstruct.schedules.x86.embedding_rows import PARALLEL_ELEMENTS, embedding_rows
-from tvmstruct.targets import ISAS
+from tvmstruct.targets import ISAS, host_features
 from tvmstruct.testing import tolerance
 
 rng = np.random.default_rng(9)
@@ -116,6 +118,26 @@ def test_any_number_of_rows_and_any_id(made: bool) -> None:
         found = call(lib["f"], [*tables, tvm.runtime.tensor(ids)], count, 384)
         want = words[np.clip(ids, 0, 39)]
         np.testing.assert_allclose(found, want, **bound(TABLE, words))
+
+
+@st.composite
+def random_tables(draw) -> TensorTable:
+    order, rank = draw(st.integers(2, 6)), draw(st.integers(1, 5))
+    side = st.integers(1, {2: 40, 3: 9, 4: 5}.get(order, 3))
+    if draw(st.booleans()):
+        shapes = [(draw(st.integers(1, 3)), draw(side)) for _ in range(order)]
+        rows, columns = (int(np.prod(n)) for n in zip(*shapes, strict=True))
+        sizes = draw(st.integers(1, rows)), draw(st.integers(1, columns))
+        return make_xs(shapes, rank, *sizes)
+    q = draw(side)
+    norm = draw(st.sampled_from([None, 1e-5]))
+    return make_ket((3, rank, order, q), draw(st.integers(1, q**order)), norm if q > 1 else None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(random_tables())
+def test_any_order_rank_and_side(table: TensorTable) -> None:
+    check(next(isa for isa in ISAS if isa.needs <= host_features()), table, count=5)
 
 
 def test_two_tensor_products_in_one_sum_are_refused() -> None:
