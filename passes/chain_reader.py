@@ -144,7 +144,8 @@ class ChainReader:
                 size = 1 if stacked else (compat.static_shape(f) or ())[axis]
                 terms.append(size if x is None else x)
             if isinstance(made := linear.side_by_side(terms, axis), Linear):
-                out[root] = made
+                bound = isinstance(call.args[0], relax.Var)
+                out[root] = _through(made, call.args[0]) if bound else made
         return out
 
     def _scaled(self, call: relax.Call, divided: bool) -> Chains:

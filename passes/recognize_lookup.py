@@ -47,7 +47,7 @@ COMPARED = (
     "relax.argmax",
 )
 LOOKUPS = ("relax.take", "relax.gather_nd", "relax.index_tensor")
-LAYOUT = (*RESHAPES, "relax.permute_dims", "relax.strided_slice")
+LAYOUT = (*RESHAPES, "relax.permute_dims")
 TOLERANCE = 1e-5  # of the largest entry of a row
 
 
@@ -100,14 +100,30 @@ def find_lookups(
     """Return the lookups of a graph by the call that ends each; ``tables`` keeps sorted ones."""
     out: dict[relax.Expr, Found | Reject] = {}
     taken: Counter[str] = Counter()
-    for z, calls in _by_features(graph).items():
+    for z, calls in _by_features(graph, uncut=True).items():
         try:
-            for call, found in _Search(graph, z, calls, names).run().items():
-                out[call] = replace(found, node=_stored(found.node, taken, tables))
+            found = _Search(graph, z, calls, names).run()
         except Refusal as why:
-            source = names_of(graph, calls[0].args[0], names)
-            name = f"lookup.{source[0] if source else 0}"
-            out[calls[0]] = Reject(name, str(why))
+            found = _of_parts(graph, calls, names)
+            if not found:
+                source = names_of(graph, calls[0].args[0], names)
+                out[calls[0]] = Reject(f"lookup.{source[0] if source else 0}", str(why))
+        for call, item in found.items():
+            out[call] = replace(item, node=_stored(item.node, taken, tables))
+    return out
+
+
+def _of_parts(
+    graph: Graph, calls: list[relax.Call], names: Mapping[int, str]
+) -> dict[relax.Expr, Found]:
+    """Return the lookups of features that were cut from wider ones, none if one is refused."""
+    out: dict[relax.Expr, Found] = {}
+    for z, group in _by_features(graph, uncut=False).items():
+        if any(call in calls for call in group):
+            try:
+                out |= _Search(graph, z, group, names).run()
+            except Refusal:
+                return {}
     return out
 
 
@@ -121,17 +137,22 @@ def _stored(node: HashTables, taken: Counter[str], tables: dict[str, np.ndarray]
     return replace(node, tables=tables.setdefault(name, node.tables))
 
 
-def _by_features(graph: Graph) -> dict[relax.Var, list[relax.Call]]:
-    """Return the lookups in constant tables by the tensor whose signs their codes read."""
+def _by_features(graph: Graph, *, uncut: bool) -> dict[relax.Var, list[relax.Call]]:
+    """Return the lookups in constant tables by the tensor whose signs their codes read.
+
+    Where only part of a tensor is read, it is the whole one if ``uncut``.
+    """
     found: dict[relax.Var, list[relax.Call]] = {}
     for value in graph.bound.values():
         if compat.op_name(value) in LOOKUPS and evaluate(graph, value.args[0]) is not None:
-            for z in dict.fromkeys(_signed(graph, value.args[1], set())):
+            for z in dict.fromkeys(_signed(graph, value.args[1], set(), uncut)):
                 found.setdefault(z, []).append(value)
     return found
 
 
-def _signed(graph: Graph, expr: relax.Expr, seen: set[relax.Expr]) -> Iterator[relax.Var]:
+def _signed(
+    graph: Graph, expr: relax.Expr, seen: set[relax.Expr], uncut: bool
+) -> Iterator[relax.Var]:
     """Yield the tensors whose signs an expression of integers reads."""
     value = graph.value(expr)
     if value in seen:
@@ -143,24 +164,17 @@ def _signed(graph: Graph, expr: relax.Expr, seen: set[relax.Expr]) -> Iterator[r
     for field in fields:
         compared = compat.op_name(value) in COMPARED and compat.dtype_of(field) == "float32"
         if compared and evaluate(graph, field) is None:
-            yield from _features(graph, field)
+            yield from _features(graph, field, uncut)
         else:
-            yield from _signed(graph, field, seen)
+            yield from _signed(graph, field, seen, uncut)
 
 
-def _features(graph: Graph, expr: relax.Expr) -> Iterator[relax.Var]:
-    """Yield the tensor that an expression is a view of: reshaped, transposed, cut.
-
-    A slice that alone reads its source crops features which were padded, and is all there is.
-    """
+def _features(graph: Graph, expr: relax.Expr, uncut: bool) -> Iterator[relax.Var]:
+    """Yield the tensor that an expression is a view of: reshaped, transposed, cut."""
     while isinstance(expr, relax.Var):
         value = graph.value(expr)
-        if (part := slice_of(graph, expr)) is not None:
-            source = part.source
-            if not part.drop and isinstance(source, relax.Var) and graph.uses[source] == 1:
-                yield expr
-                return
-            expr = source
+        if uncut and (part := slice_of(graph, expr)) is not None:
+            expr = part.source
         elif compat.op_name(value) in LAYOUT:
             expr = value.args[0]
         else:

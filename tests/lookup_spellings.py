@@ -140,6 +140,16 @@ def least_significant_first(b):
 
 
 @spelling()
+def features_cut_from_more(b):
+    """The projection yields more than the tables take, as BH4 does."""
+    x = b.random(B, S, D)
+    wide = b.op("MatMul", x, b.const(models.weight(D, H * TAU + 4, seed=4)))
+    bounds = [b.const([n], "int64") for n in (0, H * TAU, -1)]
+    z = b.reshape(b.op("Slice", wide, *bounds), B, S, H, TAU)
+    return flat_lookup(b, z, score(b, z))
+
+
+@spelling()
 def bits_by_matmul(b):
     """The bits times a constant vector."""
     z = grouped(b)
