@@ -10,7 +10,10 @@ import numpy as np
 import tvm
 
 from tvmstruct import compat, ops
+from tvmstruct.arrays import aligned_empty
 from tvmstruct.stages import Program, lower
+
+LARGE = 4 << 20  # bytes from which on numpy asks the system for large pages
 
 
 class WeightStore:
@@ -26,7 +29,7 @@ class WeightStore:
         """Return the tensor called ``key``, made on first use."""
         with self._lock:
             if key not in self.tensors:
-                self.add(key, tvm.runtime.tensor(np.ascontiguousarray(make())))
+                self.add(key, _held(np.ascontiguousarray(make())))
             return self.tensors[key]
 
     def add(self, key: str, tensor: tvm.runtime.Tensor) -> None:
@@ -57,3 +60,16 @@ class WeightStore:
             if key not in self.tensors:
                 self.add(key, tensor)
             return key
+
+
+def _held(array: np.ndarray) -> tvm.runtime.Tensor:
+    """Return a tensor with a copy of ``array``, large ones on pages of 2 MB where there are any.
+
+    Rows gathered from tables of many megabytes would else miss the translation of their address
+    each time.
+    """
+    if array.nbytes < LARGE:
+        return tvm.runtime.tensor(array)
+    held = aligned_empty(array.shape, array.dtype)
+    held[...] = array
+    return tvm.runtime.from_dlpack(held)

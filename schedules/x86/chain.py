@@ -26,7 +26,7 @@ from tvmstruct.targets import Isa
 LOW = 4  # rows of a tile at most, where threads would get unequal shares of taller ones
 WAYS = ("none", "rows", "stages")
 MOST_ROWS = 64  # of a block
-SHARED_MACS = 160 << 10  # below, a stage is done before a second thread has woken
+SHARED_MACS = 120 << 10  # below, a stage is done before a second thread has woken
 CACHED = 256 << 10  # bytes of weights that a second-level cache keeps beside the rows
 
 
