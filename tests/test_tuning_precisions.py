@@ -84,6 +84,7 @@ def test_a_search_is_recorded_and_compile_uses_it(tmp_path, precision, isa, kern
     np.testing.assert_allclose(y, want, **tolerance("float32", K))
 
 
+@pytest.mark.slow
 @pytest.mark.isa("avx2")
 def test_a_record_of_another_precision_is_not_used(tmp_path):
     spec = AVX2
@@ -106,7 +107,7 @@ def test_the_dtypes_are_part_of_a_workload():
     assert "float32_int32_int32_float32_float32" in mixed.file
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_amx_is_tuned_for_another_machine(tmp_path, precision):
     spec = tvmstruct.resolve_target("llvm -mcpu=sapphirerapids")
     report, runner = tune(tmp_path, spec, precision=precision, trials=2)

@@ -140,7 +140,8 @@ def test_a_layer_of_real_size(isa, rng):
 
 @every_isa
 def test_bf16_weights(isa, rng):
-    names = [*FAMILIES, "product", "sum", "array used twice", "dense 1x1", "vvma 24x36 k=4"]
+    families = FAMILIES if isa.name == "avx512" else FAMILIES[:2]  # each takes a second to build
+    names = [*families, "product", "sum", "array used twice", "dense 1x1", "vvma 24x36 k=4"]
     check(isa, names, Epilogue(True, "none", True), rng, paired=True)
 
 
