@@ -317,24 +317,25 @@ def neighbours(b):
 # What is none
 
 
-@refused("another threshold")
-def threshold(b):
-    """A threshold of a tenth."""
+def compared(b, op, limit):
+    """Bits by a comparison of z with ``limit``, then as usual."""
     z = grouped(b)
-    bits = b.op("Cast", b.op("Greater", z, b.const(0.1)), to=models.FLOAT)
+    bits = b.op("Cast", b.op(op, z, b.const(limit)), to=models.FLOAT)
     total = sum_over(b, b.op("Mul", bits, b.const(PLACES)), -1)
     codes = b.op("Cast", total, to=models.INT64)
     return weighted(b, b.op("Gather", table(b, H * ROWS, N), offset(b, codes)), score(b, z))
+
+
+@refused("another threshold")
+def threshold(b):
+    """A threshold of a tenth."""
+    return compared(b, "Greater", 0.1)
 
 
 @refused("the bit of a feature of zero is 1")
 def zero_counts(b):
     """``z >= 0``."""
-    z = grouped(b)
-    bits = b.op("Cast", b.op("GreaterOrEqual", z, b.const(0.0)), to=models.FLOAT)
-    total = sum_over(b, b.op("Mul", bits, b.const(PLACES)), -1)
-    codes = b.op("Cast", total, to=models.INT64)
-    return weighted(b, b.op("Gather", table(b, H * ROWS, N), offset(b, codes)), score(b, z))
+    return compared(b, "GreaterOrEqual", 0.0)
 
 
 @refused("not powers of two")

@@ -26,8 +26,8 @@ from tvmstruct.report import LayerRecord
 from tvmstruct.rewrite import Graph, Log
 from tvmstruct.schedules.compute.hash_tables import ITEM
 from tvmstruct.skipping import Skip
+from tvmstruct.table_traffic import DENSE_FACTOR
 
-DENSE_BLOCK = 8  # n x n weights of a feed-forward block with four times n hidden features
 REFUSALS = (
     "canonicalize_dense",
     "fuse_attention",
@@ -201,11 +201,11 @@ def _lookup(node: HashTables, error: float) -> LayerRecord:
     parameters = {"tau": t.tau, **({"flips": t.flips} if t.flips else {})}
     bias = 0 if node.bias is None else node.bias.size
     row = t.bytes // (t.h << t.tau)
-    dense = DENSE_BLOCK * t.n * t.n * ITEM[t.dtype]
-    more = "more" if t.bytes > dense else "less"
+    dense = 2 * DENSE_FACTOR * t.n * t.n * ITEM[t.dtype]
+    more = "more than" if t.bytes > dense else "less than" if t.bytes < dense else "as much as"
     why = (
         f"{read} rows of {row} bytes gathered for a row of x; tables of {t.bytes / 1e6:,.3g} MB, "
-        f"{more} than the {dense / 1e6:,.3g} of a dense block {t.n}-{4 * t.n}-{t.n}"
+        f"{more} the {dense / 1e6:,.3g} of a dense block {t.n}-{DENSE_FACTOR * t.n}-{t.n}"
     )
     scale = "" if node.scaled else ", without the linear scale"
     form, stored = "lookup", ""

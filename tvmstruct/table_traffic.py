@@ -65,9 +65,8 @@ def notes(node: Node, caches: Caches) -> Iterator[str]:
 def table_size(node: HashTables) -> TableSize:
     """Return the sizes of the tables of a LookupFFN layer as they are stored."""
     h, entries, n = node.tables.shape
-    item = ITEM["bf16" if node.precision == "bf16-weights" else node.precision]
     tau = int(entries).bit_length() - 1
-    return TableSize(h=h, tau=tau, n_out=n, item=item, flips=node.flips)
+    return TableSize(h=h, tau=tau, n_out=n, item=ITEM[node.precision], flips=node.flips)
 
 
 def _walk(node: HashTables) -> Walk:

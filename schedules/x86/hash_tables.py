@@ -54,7 +54,7 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
 
     def nest(rows: int, pick: Pick) -> _Nest:
         options = [c for c in (512, 1024, 2048, 4096, 8192) if c < 2 * rows] or [least]
-        chunk = pick("chunk", options, least) if least in options else least
+        chunk = pick("chunk", options, least)
         shared = threads if rows * work * 4 > SERIAL_BYTES else 1
         return _Nest(chunk, shared)
 
