@@ -42,6 +42,13 @@ class Tables:
         """Rows taken of each table."""
         return entries(self.tau, self.flips)
 
+    @property
+    def words(self) -> str:
+        """The parameters in words, by which records of tuning find them."""
+        score = "scaled" if self.scaled else "unscaled"
+        sizes = f"{self.h} {self.tau} {self.n} flips {self.flips}"
+        return f"{sizes} {score} {self.dtype} {self.epilogue.words}"
+
     def columns(self, lanes: int) -> int:
         """Columns of a slice: no more vectors than hold n, and in bf16 an even number of them."""
         row = ROW_BYTES // (2 if self.tau >= LONG else 1)

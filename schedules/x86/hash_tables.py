@@ -59,7 +59,7 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
         return _Nest(chunk, shared)
 
     key = (isa.name, t, nest(rows, pick_default))
-    space = Space(f"{t}", lambda rows, pick: _build(isa, t, nest(rows, pick)))
+    space = Space(t.words, lambda rows, pick: _build(isa, t, nest(rows, pick)))
     return make_kernel(
         "hash_tables", key, lambda: _build(isa, t, nest(rows, pick_default)), work=work, space=space
     )

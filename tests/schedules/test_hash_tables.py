@@ -1,5 +1,7 @@
 """Hash and gather against the numpy definition, on every instruction set."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -123,6 +125,13 @@ def test_slices_are_whole_lines_and_hold_every_column(dtype, lanes, tau, n):
     columns = t.columns(lanes)
     assert columns % lanes == 0
     assert columns * t.slices(lanes) >= n > columns * (t.slices(lanes) - 1)
+
+
+def test_records_of_tuning_know_everything_but_the_shapes():
+    changes = [{"flips": 1}, {"scaled": False}, {"dtype": "int8"}, {"epilogue": BIAS}, {"tau": 4}]
+    base = Tables(2, 3, 8, 0, True, "f32", PLAIN)
+    assert base.words == "2 3 8 flips 0 scaled f32 none"
+    assert len({base.words, *(replace(base, **c).words for c in changes)}) == 1 + len(changes)
 
 
 def test_a_large_neighbourhood_has_no_kernel():
