@@ -52,7 +52,7 @@ class Op:
 
     def arrays(self) -> Iterator[Array]:
         """Yield each distinct parameter array once, in order of first use."""
-        yield from {_identity(a): a for a in self.leaf_arrays()}.values()
+        yield from {identity(a): a for a in self.leaf_arrays()}.values()
 
     def to_dense(self) -> Array:
         """Return the ``(n_in, n_out)`` matrix in float64; for fitting and tests only."""
@@ -472,7 +472,7 @@ def map_arrays(op: Op, f: Callable[[Array], Array]) -> Op:
     done: dict[tuple[object, ...], Array] = {}
 
     def once(array: Array) -> Array:
-        key = _identity(array)
+        key = identity(array)
         if key not in done:
             done[key] = f(array)
         return done[key]
@@ -538,7 +538,7 @@ def describe(op: Op) -> str:
             return f"{_name(op)}({op.n_in}x{op.n_out})"
 
 
-def _identity(a: Array) -> tuple[object, ...]:
+def identity(a: Array) -> tuple[object, ...]:
     """Return a key that two views share exactly when they show the same memory alike."""
     return a.__array_interface__["data"], a.shape, a.strides
 
