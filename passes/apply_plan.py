@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from tvm import relax
 
-from tvmstruct import compat, ops
+from tvmstruct import ops
 from tvmstruct.embeddings import Word2KetXS
-from tvmstruct.layers import Form, Layer, LayerTable, TableForm, arguments
+from tvmstruct.layers import Form, Layer, LayerTable, TableForm
 from tvmstruct.planning import Plan, apply_layer
 from tvmstruct.rewrite import Graph
 
@@ -32,18 +32,23 @@ class ApplyPlan:
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the structured layer, or None where the plan does not name it."""
-        layer = self.table.layer(call)
-        if layer is None or not isinstance(layer.op, ops.Dense):
+        layers = self.table.weights(call)
+        made = [self._planned(layer) for layer in layers]
+        if all(new is old for new, old in zip(made, layers, strict=True)):
             return None
+        return self.table.replaced(call, made)
+
+    def _planned(self, layer: Layer) -> Layer:
+        """Return a layer in the form that the plan asks for, or as it is."""
+        if not isinstance(layer.op, ops.Dense):
+            return layer
         form = self.forms.get(layer.key)
         if form is None or form.form == "dense":
             form = self._form(layer, layer.op.w)
             if form is None:
-                return None
+                return layer
             self.forms[layer.key] = form
-        shape = compat.static_shape(call)
-        assert shape is not None
-        return self.table.call(replace(layer, op=form.op), arguments(call), shape)
+        return replace(layer, op=form.op)
 
     def _form(self, layer: Layer, w: np.ndarray) -> Form | None:
         """Return what the plan asks for; of a table that is looked up too, what that became."""

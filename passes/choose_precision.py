@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.layers import Form, HashTables, Layer, LayerTable, arguments
+from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
@@ -41,6 +41,8 @@ class ChoosePrecision:
             return None
         if isinstance(node := self.table.node(call), HashTables) and node.precision == "f32":
             return self._tables(call, node)
+        if isinstance(node, RecurrentCells):
+            return self._hidden(node)
         layer = self.table.layer(call)
         if layer is None:
             return None
@@ -55,6 +57,15 @@ class ChoosePrecision:
         shape = compat.static_shape(call)
         assert shape is not None
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
+
+    def _hidden(self, node: RecurrentCells) -> Reject:
+        """Return why the hidden matrices of a recurrent layer stay as they are."""
+        why = "products with the state stay in f32, whose rounding errors add up over the steps"
+        for layer in node.hidden:
+            form = self.forms[layer.key]
+            if why not in form.reason:
+                form.reason = "; ".join(filter(None, (form.reason, f"f32: {why}")))
+        return Reject(node.hidden[0].names[0], why)
 
     def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject:
         """Return hash tables in the precision; scores and sums stay in f32."""

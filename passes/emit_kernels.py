@@ -21,6 +21,7 @@ from tvmstruct.layers import (
     MinimalAttention,
     Node,
     ProjectedAttention,
+    RecurrentCells,
     arguments,
     weights_of,
 )
@@ -29,6 +30,7 @@ from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
 from tvmstruct.schedules.compute.low_precision import pair_vectors
+from tvmstruct.schedules.compute.recurrence import hidden_parts, pack_units, pad_units
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
@@ -44,7 +46,7 @@ def keep_default(kernel: Kernel, shapes: Shapes, dtypes: Dtypes) -> Kernel:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A kernel as one node calls it: shapes and dtypes of its arguments, output last."""
+    """A kernel as one node calls it: shapes and dtypes of its arguments, outputs last."""
 
     node: Node
     symbol: str
@@ -74,17 +76,18 @@ class EmitKernels:
         node = self.table.node(call)
         if node is None:
             return None
-        shape = compat.static_shape(call)
-        assert shape is not None
+        results = compat.result_shapes(call)
+        shape = results[0]
         kernel, args = self._kernel(node, arguments(call), shape)
-        shapes = (*(s for a in args if (s := compat.static_shape(a)) is not None), shape)
-        dtypes = (*(compat.dtype_of(a) for a in args), "float32")
+        shapes = (*(s for a in args if (s := compat.static_shape(a)) is not None), *results)
+        dtypes = (*(compat.dtype_of(a) for a in args), *["float32"] * len(results))
         default, kernel = kernel, self.select(kernel, shapes, dtypes)
         if kernel is not default:
             self.tuned |= {layer.names[0]: shape[0] for layer in weights_of(node)}
         self.used[kernel.symbol] = kernel
         self.calls.append(KernelCall(node, kernel.symbol, shapes, dtypes))
-        return relax.call_dps_packed(kernel.symbol, args, compat.tensor_type(shape, "float32"))
+        types = [compat.tensor_type(s, "float32") for s in results]
+        return relax.call_dps_packed(kernel.symbol, args, types if len(types) > 1 else types[0])
 
     def kernel_of(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]) -> Kernel:
         """Return the default kernel of a node with a result of ``shape``."""
@@ -199,6 +202,37 @@ class EmitKernels:
             for name in names
         ]
         return self.kernels.hash_tables(tables, shape[0]), [z, *held, *self._bias(node), *more]
+
+    @_kernel.register
+    def _(self, node: RecurrentCells, args, shape):
+        states = node.lengths + 1 + (node.cells[0].kind == "lstm")
+        given, programs = list(args[:states]), []
+        for k, layer in enumerate(node.hidden):
+            given.append(args[states + k])
+            made = [self._hidden(node, layer, *part) for part in hidden_parts(node.cells[k])]
+            programs.append(tuple(program for program, _ in made))
+            given += [relax.const(tensor) for _, tensors in made for tensor in tensors]
+            for name, vector in (("bias", layer.bias), ("peepholes", node.peepholes[k])):
+                if vector is not None:
+                    padded = pad_units(vector.reshape(-1, node.h), self.kernels.lanes).reshape(-1)
+                    given.append(relax.const(self.store.small(name, padded)))
+        return self.kernels.recurrence(node.static, tuple(programs)), given
+
+    def _hidden(self, node: RecurrentCells, layer: Layer, first: int, gates: int):
+        """Return the program of some gates' hidden products, None where dense, and its weights."""
+        h, lanes, op = node.h, self.kernels.lanes, layer.op
+        some = f"{layer.key}#gates{first}+{gates}"
+        if isinstance(op, ops.Dense):
+            width, w = self.kernels.unit_width, op.w[:, first * h : (first + gates) * h]
+            key = f"{some}#units{width}x{lanes}"
+            return None, [self.store.tensor(key, lambda: pack_units(w, gates, lanes, width))]
+        if gates * h < op.n_out:
+            op = ops.product(op, ops.Slice(op.n_out, (first + gates) * h, first * h))
+        program = self.store.program(some, op, lanes, paired=False)
+        return program, [
+            self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+            for i in range(len(program.weights))
+        ]
 
     @_kernel.register
     def _(self, node: LayerNorm, args, shape):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from tvm import relax
 
-from tvmstruct import compat, ops
-from tvmstruct.layers import Form, Layer, LayerTable, arguments
+from tvmstruct import ops
+from tvmstruct.layers import Form, Layer, LayerTable
 from tvmstruct.recovery import recover
 from tvmstruct.rewrite import Graph, Reject
 
@@ -25,17 +25,20 @@ class RecoverStructure:
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the structured layer, or why the weight stays dense."""
-        layer = self.table.layer(call)
-        if layer is None or not isinstance(layer.op, ops.Dense):
+        layers = [la for la in self.table.weights(call) if isinstance(la.op, ops.Dense)]
+        if not layers:
             return None
-        form = self.forms.get(layer.key)
-        if form is None:
-            form = self.forms[layer.key] = self._search(layer)
-        if form.form == "dense":
-            return Reject(layer.names[0], form.reason)
-        shape = compat.static_shape(call)
-        assert shape is not None
-        return self.table.call(replace(layer, op=form.op), arguments(call), shape)
+        for layer in layers:
+            if layer.key not in self.forms:
+                self.forms[layer.key] = self._search(layer)
+        dense = [layer for layer in layers if self.forms[layer.key].form == "dense"]
+        if len(dense) == len(layers):
+            return Reject(dense[0].names[0], self.forms[dense[0].key].reason)
+        made = [
+            replace(layer, op=self.forms[layer.key].op) if layer in layers else layer
+            for layer in self.table.weights(call)
+        ]
+        return self.table.replaced(call, made)
 
     def _search(self, layer: Layer) -> Form:
         assert isinstance(layer.op, ops.Dense)

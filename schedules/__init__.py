@@ -11,6 +11,7 @@ from tvm import tirx
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.compute.recurrence import Recurrence
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
 
@@ -42,6 +43,7 @@ class Kernels(Protocol):
 
     lanes: int
     panel_width: int
+    unit_width: int  # vectors of units whose recurrent gates lie together
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return a dense layer on packed weights."""
@@ -108,6 +110,13 @@ class Kernels(Protocol):
 
     def hash_tables(self, tables: Tables, rows: int) -> Kernel:
         """Return codes, gathers and weighted sums of a LookupFFN layer."""
+        ...
+
+    def recurrence(self, r: Recurrence, programs: Sequence[Sequence[Program | None]]) -> Kernel:
+        """Return all steps of a recurrent layer: lengths, h, c, per direction z, weights, ...
+
+        A direction has as many programs as a step has hidden products, None for dense ones.
+        """
         ...
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:

@@ -40,6 +40,13 @@ def op_name(expr: relax.Expr) -> str:
     return expr.op.name if isinstance(expr, Call) and isinstance(expr.op, tvm.ir.Op) else ""
 
 
+def external_symbol(expr: relax.Expr) -> str | None:
+    """Return the external function that a call in destination-passing style names, or None."""
+    if op_name(expr) != DPS or not hasattr(expr.args[0], "global_symbol"):
+        return None
+    return str(expr.args[0].global_symbol)
+
+
 def tensor_type(shape: tuple[int, ...], dtype: str) -> relax.TensorType:
     """Return the Relax type of a static tensor."""
     return relax.TensorType(shape, dtype)
@@ -58,6 +65,13 @@ def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
         return None
     sizes = tuple(getattr(v, "value", None) for v in values)
     return None if None in sizes else tuple(int(v) for v in sizes)
+
+
+def result_shapes(call: relax.Call) -> list[tuple[int, ...]]:
+    """Return the static shapes of what a call yields: of one tensor, or of each of a tuple."""
+    ty = type_of(call)
+    types = list(ty.fields) if isinstance(ty, relax.TupleType) else [ty]
+    return [tuple(int(d) for d in t.shape.values) for t in types]
 
 
 def dtype_of(expr: relax.Expr) -> str:

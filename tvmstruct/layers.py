@@ -7,17 +7,19 @@ bias, its activation. `emit` turns the call into a kernel at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
 from tvmstruct.embeddings import TensorTable
+from tvmstruct.recurrent import Cell
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.compute.recurrence import Recurrence, Side
 
 PREFIX = "tvmstruct.layer."
 
@@ -157,6 +159,37 @@ class HashTables:
 
 
 @dataclass(frozen=True)
+class RecurrentCells:
+    """All steps of a recurrent layer but the products with its input: `tvmstruct.recurrent`.
+
+    ``hidden`` are the hidden matrices of one or two directions, whose bias is that of the hidden
+    products; arguments and results are those of `frontends.recurrent.Recurrence`, the arrays of
+    hidden operators, biases and peepholes apart.
+    """
+
+    cells: tuple[Cell, ...]
+    hidden: tuple[Layer, ...]
+    peepholes: tuple[np.ndarray | None, ...]
+    steps: int
+    batch: int
+    lengths: bool
+
+    @property
+    def h(self) -> int:
+        """Hidden size."""
+        return self.hidden[0].op.n_in
+
+    @property
+    def static(self) -> Recurrence:
+        """What the kernel depends on, apart from the forms of the hidden matrices."""
+        sides = tuple(
+            Side(cell, layer.bias is not None, holes is not None)
+            for cell, layer, holes in zip(self.cells, self.hidden, self.peepholes, strict=True)
+        )
+        return Recurrence(sides, self.h, self.batch, self.lengths)
+
+
+@dataclass(frozen=True)
 class Embedding:
     """A sum of rows looked up in tables, normalised where ``total`` says so.
 
@@ -218,6 +251,7 @@ Node = (
     | HashTables
     | LayerNorm
     | Embedding
+    | RecurrentCells
 )
 
 
@@ -229,6 +263,8 @@ def weights_of(node: Node) -> tuple[Layer, ...]:
         return (node.projection,)
     if isinstance(node, MinimalAttention):
         return (*node.sources, node.projection)
+    if isinstance(node, RecurrentCells):
+        return node.hidden
     if isinstance(node, Layer):
         return node.parts or (node,)
     return ()
@@ -240,23 +276,38 @@ class LayerTable:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
 
-    def call(self, node: Node, args: list[relax.Expr], shape: tuple[int, ...]) -> relax.Call:
-        """Return a new call of ``node`` with a float32 result of ``shape``."""
+    def call(self, node: Node, args: list[relax.Expr], *shapes: tuple[int, ...]) -> relax.Call:
+        """Return a new call of ``node`` with float32 results of ``shapes``: a tuple if many."""
         self.nodes.append(node)
         symbol = f"{PREFIX}{len(self.nodes) - 1}"
-        return relax.call_dps_packed(symbol, args, compat.tensor_type(shape, "float32"))
+        types = [compat.tensor_type(shape, "float32") for shape in shapes]
+        return relax.call_dps_packed(symbol, args, types if len(types) > 1 else types[0])
 
     def node(self, expr: relax.Expr) -> Node | None:
         """Return what a call stands for, or None for any other expression."""
-        if compat.op_name(expr) != compat.DPS:
-            return None
-        symbol = expr.args[0].global_symbol
+        symbol = compat.external_symbol(expr) or ""
         return self.nodes[int(symbol[len(PREFIX) :])] if symbol.startswith(PREFIX) else None
 
     def layer(self, expr: relax.Expr) -> Layer | None:
         """Return the dense or structured layer that a call stands for."""
         node = self.node(expr)
         return node if isinstance(node, Layer) else None
+
+    def weights(self, expr: relax.Expr) -> tuple[Layer, ...]:
+        """Return the layers of a call whose matrices may change: its own, or hidden ones."""
+        node = self.node(expr)
+        if isinstance(node, RecurrentCells):
+            return node.hidden
+        return (node,) if isinstance(node, Layer) else ()
+
+    def replaced(self, call: relax.Call, layers: Sequence[Layer]) -> relax.Call:
+        """Return the call with other layers in the places of its `weights`."""
+        node = self.node(call)
+        if isinstance(node, RecurrentCells):
+            node = replace(node, hidden=tuple(layers))
+        else:
+            (node,) = layers
+        return self.call(node, arguments(call), *compat.result_shapes(call))
 
 
 def arguments(call: relax.Call) -> list[relax.Expr]:

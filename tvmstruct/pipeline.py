@@ -34,6 +34,7 @@ from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
 from tvmstruct.passes.recognize_layer_norm import RecognizeLayerNorm
 from tvmstruct.passes.recognize_lookup import RecognizeLookup
 from tvmstruct.passes.recognize_operator import RecognizeOperator
+from tvmstruct.passes.recognize_recurrence import RecognizeRecurrence
 from tvmstruct.passes.recognize_softmax import RecognizeSoftmax
 from tvmstruct.passes.recognize_word2ket import RecognizeWord2Ket
 from tvmstruct.passes.recover_structure import RecoverStructure
@@ -117,6 +118,7 @@ def _find_layers(
 ) -> Iterator[Rule]:
     yield ClipGathers()
     yield RecognizeLookup(table, names, session.lookups, session.kernels)
+    yield RecognizeRecurrence(table, session.forms, names)
     yield RecognizeKronecker(table, session.forms, names)
     yield RecognizeOperator(table, session.forms, names)
     yield CanonicalizeDense(table, names)

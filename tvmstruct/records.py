@@ -19,6 +19,7 @@ from tvmstruct.layers import (
     LayerTable,
     MinimalAttention,
     ProjectedAttention,
+    RecurrentCells,
     TableForm,
     arguments,
 )
@@ -62,6 +63,9 @@ def layer_records(
             record = _layer(layer, forms[layer.key])
             tied = record.name in found and layer.key != record.name
             found.setdefault(layer.key, replace(record, name=layer.key) if tied else record)
+        elif isinstance(node := table.node(value), RecurrentCells):
+            for layer in node.hidden:
+                found.setdefault(layer.key, _layer(layer, forms[layer.key]))
         elif isinstance(node := table.node(value), Embedding):
             found.setdefault(node.names[0], _made_table(node, tables[node.names[0]]))
         elif compat.op_name(value) == "relax.take" and compat.is_constant(value.args[0]):
@@ -105,6 +109,21 @@ def fused_records(
             )
         elif isinstance(node, Embedding):
             yield _embedding(node)
+        elif isinstance(node, RecurrentCells):
+            yield _recurrence(node)
+
+
+def _recurrence(node: RecurrentCells) -> LayerRecord:
+    """Return the record of all steps of a recurrent layer."""
+    kinds = " and ".join(f"{c.kind}{' from the end' if c.reverse else ''}" for c in node.cells)
+    return LayerRecord(
+        f"recurrent.{node.hidden[0].names[0]}",
+        (node.h,),
+        node.cells[0].kind,
+        macs=sum(layer.op.macs for layer in node.hidden),
+        reason=f"{kinds}: {node.steps} steps of {node.batch} rows in one kernel; products with "
+        "the input are layers of their own",
+    )
 
 
 def _embedding(node: Embedding) -> LayerRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -73,6 +73,31 @@ def chain(
     return prim_func(body), list(tiles)
 
 
+@dataclass(frozen=True)
+class StagedProduct:
+    """The stages of a program between two flat buffers inside another kernel, ``height`` rows."""
+
+    program: Program
+    nest: RowNest
+    lanes: int
+    tiles: dict[Tile, int]  # of all products of that kernel
+    height: int
+
+    def scratch(self) -> list[int]:
+        """Return the elements of the buffers between the stages, 0 for one that is not used."""
+        return [self.height * (n + GAP) if n else 0 for n in self.program.sizes[Y + 1 :]]
+
+    def emit(self, source: Scratch, target: Scratch, weights: list, between: list) -> None:
+        """Emit the stages on rows of ``source`` and ``target``; ``between`` are the others."""
+        kernel = _Kernel(self.program, self.nest, Epilogue(), self.lanes, self.tiles, weights)
+        sizes = self.program.sizes[Y + 1 :]
+        own = [
+            None if buffer is None else Scratch(buffer, size + GAP)
+            for buffer, size in zip(between, sizes, strict=True)
+        ]
+        kernel.stages(_Block(kernel, i64(0), self.height, [source, target, *own]))
+
+
 @dataclass
 class _Kernel:
     """The arguments, and code for one segment of rows after the other."""
@@ -82,6 +107,10 @@ class _Kernel:
     epilogue: Epilogue
     lanes: int
     tiles: dict[Tile, int]
+    weights: list = field(default_factory=list)
+    bias: tirx.Buffer | None = None
+    residual: tirx.Buffer | None = None
+    norm: RowNorm | None = None
 
     def declare(self, m) -> None:
         sizes, weights = self.program.sizes, self.program.weights
@@ -115,28 +144,27 @@ class _Kernel:
             return _Block(self, first, height, buffers)
 
         if isinstance(count, tirx.IntImm) and int(count) == 1:
-            self._stages(rows(segment.start))
+            self.stages(rows(segment.start))
             return
         with loops(count, kind=T.parallel if parallel else None) as (t,):
             with block("rows", [(count, t)]) as (vt,):
                 work = rows(segment.start + vt * height)
                 self.touch(work)
-                self._stages(work)
+                self.stages(work)
 
     def touch(self, work: _Block) -> None:
         """State what a block of rows reads and writes: else small buffers inside would be named."""
-
-        def rows(buffer):
-            return buffer[work.first : work.first + work.height, 0 : buffer.shape[1]]
-
-        own = [s.buffer[0 : s.buffer.shape[0]] for s in work.buffers[Y + 1 :] if s is not None]
+        x, y, *own = (b.region(work.height) for b in work.buffers if b is not None)
         flat = [*self.weights, *([self.bias] if self.bias is not None else [])]
         flat += [self.norm.gamma, self.norm.beta] if self.norm is not None else []
-        reads = [self.x, *([self.residual] if self.residual is not None else []), self.y]
-        T.reads(*map(rows, reads), *(b[0 : b.shape[0]] for b in flat), *own)
-        T.writes(rows(self.y), *own)
+        more = [] if self.residual is None else [Rows(self.residual, work.first)]
+        T.reads(
+            x, y, *(r.region(work.height) for r in more), *(b[0 : b.shape[0]] for b in flat), *own
+        )
+        T.writes(y, *own)
 
-    def _stages(self, work: _Block) -> None:
+    def stages(self, work: _Block) -> None:
+        """Emit all stages for a block of rows, and the epilogue."""
         stages = list(self.program.stages)
         while stages:
             shards = work.shards(*stages[:2]) if len(stages) > 1 else 1

@@ -28,6 +28,10 @@ class Rows:
         """Return where a feature of a row lies."""
         return (self.first + row, index)
 
+    def region(self, height: int):
+        """Return all features of ``height`` rows."""
+        return self.buffer[self.first : self.first + height, 0 : self.buffer.shape[1]]
+
 
 @dataclass(frozen=True)
 class Scratch:
@@ -35,10 +39,15 @@ class Scratch:
 
     buffer: object
     stride: int
+    first: object = 0  # element of the first row
 
     def at(self, row, index) -> tuple:
         """Return where a feature of a row lies."""
-        return (row * self.stride + index,)
+        return (self.first + row * self.stride + index,)
+
+    def region(self, height: int):
+        """Return the whole buffer."""
+        return self.buffer[0 : self.buffer.shape[0]]
 
 
 @dataclass(frozen=True)

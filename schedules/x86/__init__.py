@@ -10,6 +10,7 @@ from tvm import tirx
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
+from tvmstruct.schedules.compute.recurrence import Recurrence
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.x86 import (
     feed_forward,
@@ -17,6 +18,7 @@ from tvmstruct.schedules.x86 import (
     minimal_attention,
     minimal_element,
     projected_attention,
+    recurrence,
     streamed_attention,
     wide_tile,
 )
@@ -48,6 +50,7 @@ class X86Kernels:
         self.least_memory, self.skip = least_memory, skip
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
+        self.unit_width = recurrence.WIDTH
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return ``y = epilogue(x @ w)`` with w packed in panels of ``panel_width``."""
@@ -138,6 +141,10 @@ class X86Kernels:
     def hash_tables(self, tables: Tables, rows: int) -> Kernel:
         """Return codes, gathers and weighted sums of a LookupFFN layer."""
         return hash_tables.hash_tables(self.isa, tables, rows, self.threads)
+
+    def recurrence(self, r: Recurrence, programs: Sequence[Sequence[Program | None]]) -> Kernel:
+        """Return all steps of a recurrent layer, with the programs of structured matrices."""
+        return recurrence.recurrence(self.isa, r, programs, self.threads)
 
     def layer_norm(self, n: int, epsilon: float) -> Kernel:
         """Return layer normalisation over rows of n features."""

@@ -1,0 +1,183 @@
+"""What a recurrent kernel depends on, how its weights are packed, and what a step computes.
+
+Units are cut into vectors. A dense hidden matrix is packed ``[block][k][gate][vector][lanes]``,
+blocks of a few vectors of units one after the other: what a step streams in order, and all gates
+of a unit are sums of one tile, so that a unit is updated while they are in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.recurrent import Activation, Cell
+
+Emit = Callable[[Expr], Expr]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One direction: its cell, and which vectors it has beside its matrices."""
+
+    cell: Cell
+    hidden_bias: bool
+    peepholes: bool
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The static side of a recurrent kernel: directions of ``h`` units for ``batch`` rows a step.
+
+    With ``lengths`` each row of the batch has a number of steps of its own.
+    """
+
+    sides: tuple[Side, ...]
+    h: int
+    batch: int
+    lengths: bool
+
+    @property
+    def lstm(self) -> bool:
+        """Whether there is a cell state."""
+        return self.sides[0].cell.kind == "lstm"
+
+
+def hidden_parts(cell: Cell) -> tuple[tuple[int, int], ...]:
+    """Return the hidden products of a step: (first gate, gates) each."""
+    return ((0, 2), (2, 1)) if cell.split_reset else ((0, cell.gates),)
+
+
+def unit_blocks(h: int, lanes: int, width: int) -> list[tuple[int, int]]:
+    """Cut ``h`` units into blocks of ``width`` vectors and a last one: (first vector, vectors)."""
+    vectors = -(-h // lanes)
+    return [(v, min(width, vectors - v)) for v in range(0, vectors, width)]
+
+
+def pack_units(w: np.ndarray, gates: int, lanes: int, width: int) -> np.ndarray:
+    """Return w (k, gates * h) as ``[block][k][gate][vector][lanes]`` in one dimension."""
+    k, h = w.shape[0], w.shape[1] // gates
+    padded = pad_units(w.reshape(k, gates, h), lanes).reshape(k, gates, -1, lanes)
+    blocks = (padded[:, :, v : v + n].reshape(-1) for v, n in unit_blocks(h, lanes, width))
+    return np.concatenate(list(blocks)).astype(np.float32)
+
+
+def pad_units(array: np.ndarray, lanes: int) -> np.ndarray:
+    """Return (..., h) as float32 with zeros up to whole vectors of units."""
+    missing = -array.shape[-1] % lanes
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, missing)]
+    return np.ascontiguousarray(np.pad(array, widths), np.float32)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Expressions of one vector of units: ``lanes`` of them, kept in registers by ``keep``."""
+
+    lanes: int
+    keep: Emit
+
+    def splat(self, value: float) -> Expr:
+        """Return a vector of one number."""
+        return T.float32(value) if self.lanes == 1 else T.broadcast(T.float32(value), self.lanes)
+
+    def activate(self, activation: Activation, x: Expr, clip: float | None = None) -> Expr:
+        """Return the activation of ``x``, which is cut to [-clip, clip] first; NaN passes."""
+        if clip is not None:
+            x = self.keep(T.min(self.splat(clip), T.max(self.splat(-clip), x)))
+        return self.keep(_ACTIVATIONS[activation.name](self, x, *activation.parameters))
+
+    def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
+        """Return a where the condition holds, else b."""
+        return T.Select(condition, a, b)
+
+
+def _softplus(v: Vectors, x: Expr) -> Expr:
+    """``max(x, 0) + log(1 + exp(-|x|))``; log1p by the atanh series of u / (2 + u), u <= 1."""
+    u = v.keep(T.exp(T.min(x, v.splat(0) - x)))
+    s = v.keep(u / (v.splat(2) + u))
+    square = v.keep(s * s)
+    total = v.splat(0)
+    for power in range(15, 0, -2):
+        total = total * square + v.splat(2.0 / power)
+    return T.max(v.splat(0), x) + s * total
+
+
+def _elu(v: Vectors, x: Expr, alpha: float) -> Expr:
+    """``alpha expm1(x)`` below 0; expm1 through tanh(x / 2), which loses no digits near 0."""
+    low = v.keep(T.min(x, v.splat(0)))
+    t = v.keep(T.tanh(low * v.splat(0.5)))
+    grown = v.splat(2 * alpha) * t / (v.splat(1) - t)
+    return v.select(x < v.splat(0), grown, x)
+
+
+_ACTIVATIONS: dict[str, Callable[..., Expr]] = {
+    "sigmoid": lambda v, x: T.sigmoid(x),
+    "tanh": lambda v, x: T.tanh(x),
+    "relu": lambda v, x: T.max(v.splat(0), x),
+    "softsign": lambda v, x: x / (v.splat(1) + T.max(x, v.splat(0) - x)),
+    "softplus": _softplus,
+    "affine": lambda v, x, a, b: v.splat(a) * x + v.splat(b),
+    "leakyrelu": lambda v, x, a: v.select(x < v.splat(0), v.splat(a) * x, x),
+    "thresholdedrelu": lambda v, x, a: v.select(x > v.splat(a), x, x * v.splat(0)),
+    "scaledtanh": lambda v, x, a, b: v.splat(a) * T.tanh(v.keep(v.splat(b) * x)),
+    "hardsigmoid": lambda v, x, a, b: T.min(
+        v.splat(1), T.max(v.splat(0), v.splat(a) * x + v.splat(b))
+    ),
+    "elu": _elu,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where a step finds what a vector of units reads beside the sums of its gates."""
+
+    z: Callable[[int], Expr]  # of a gate
+    h: Callable[[], Expr]
+    c: Callable[[], Expr]
+    bias: Callable[[int], Expr] | None  # of a gate
+    peephole: Callable[[int], Expr] | None
+
+
+def lstm_step(cell: Cell, v: Vectors, at: Unit, u: Sequence[Expr]) -> tuple[Expr, Expr]:
+    """Return the new h and c of sums ``u`` of gates i, f, g, o."""
+    act, c = cell.activations, v.keep(at.c())
+
+    def total(gate: int, hole: int | None = None, state: Expr | None = None) -> Expr:
+        value = at.z(gate) + u[gate]
+        if at.bias is not None:
+            value = value + at.bias(gate)
+        if at.peephole is not None and hole is not None:
+            value = value + at.peephole(hole) * (c if state is None else state)
+        return v.keep(value)
+
+    i = v.activate(act[0], total(0, 0), cell.clip)
+    f = v.splat(1) - i if cell.coupled else v.activate(act[0], total(1, 1), cell.clip)
+    g = v.activate(act[1], total(2), cell.clip)
+    new = v.keep(f * c + i * g)
+    o = v.activate(act[0], total(3, 2, new), cell.clip)
+    return v.keep(o * v.activate(act[2], new)), new
+
+
+def gate_step(cell: Cell, v: Vectors, at: Unit, gate: int, u: Expr) -> Expr:
+    """Return the activated gate r or z of a GRU."""
+    value = at.z(gate) + u
+    if at.bias is not None:
+        value = value + at.bias(gate)
+    return v.activate(cell.activations[0], v.keep(value), cell.clip)
+
+
+def gru_step(cell: Cell, v: Vectors, at: Unit, z: Expr, inner: Expr) -> Expr:
+    """Return the new h of the gate z and ``inner``, what meets the input in the candidate."""
+    n = v.activate(cell.activations[1], v.keep(at.z(2) + inner), cell.clip)
+    return v.keep(n + z * (at.h() - n))
+
+
+def rnn_step(cell: Cell, v: Vectors, at: Unit, u: Expr) -> Expr:
+    """Return the new h."""
+    value = at.z(0) + u
+    if at.bias is not None:
+        value = value + at.bias(0)
+    return v.activate(cell.activations[0], v.keep(value), cell.clip)
