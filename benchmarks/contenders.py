@@ -16,6 +16,7 @@ from cases import Encoder, Stack, load
 from claims import Case
 from embedding_cases import Lookup
 from lookup_cases import FEW, INPUTS, LookupCase, LookupFfn
+from recurrent_cases import LstmCase
 
 from tvmstruct.ops import Array
 
@@ -33,7 +34,7 @@ Feeds = dict[str, Array]
 
 def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Call, str]:
     """Return a function that computes the case once, and as what ours compiled it."""
-    if isinstance(case, Lookup):
+    if isinstance(case, Lookup | LstmCase):
         return case.contender(name, threads), ""
     if name in ("torch", "torch-bf16"):
         return _torch(case, files, threads, bf16=name == "torch-bf16"), ""
@@ -44,10 +45,14 @@ def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Ca
         return _lookup(case, OPTIONS.get(name, {}))
     model, feeds = _model(case, files)
     if name == "onnxruntime":
-        return _onnxruntime(model, feeds, threads), ""
+        run = onnxruntime_call(model, threads)
+        return lambda: run(feeds), ""
     if name.startswith("openvino"):
         precision = {"openvino-f32": "f32", "openvino-default": None}[name]
-        return _openvino(model, feeds, threads, precision), ""
+        shapes = {name: array.shape for name, array in feeds.items()}
+        run = openvino_call(model, shapes, threads, precision)
+        run(feeds)
+        return lambda: run({}), ""
     form = case.form if isinstance(case, Stack) else None
     return _tvmstruct(model, feeds, threads, OPTIONS.get(name, {}), form)
 
@@ -95,16 +100,20 @@ def stack_model(weights: Sequence[Array], x: Array) -> bytes:
     return model.SerializeToString()
 
 
-def _onnxruntime(model: bytes, feeds: Feeds, threads: int) -> Call:
+def onnxruntime_call(model: bytes, threads: int) -> Callable[[Feeds], Array]:
+    """Return ONNX Runtime's first result of some inputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, feeds)[0]
+    return lambda feeds: session.run(None, feeds)[0]
 
 
-def _openvino(model: bytes, feeds: Feeds, threads: int, precision: str | None) -> Call:
+def openvino_call(
+    model: bytes, shapes: dict[str, tuple[int, ...]], threads: int, precision: str | None
+) -> Callable[[Feeds], Any]:
+    """Return OpenVINO's first result of some inputs; those that are not given are the last ones."""
     import openvino
 
     core = openvino.Core()
@@ -112,12 +121,13 @@ def _openvino(model: bytes, feeds: Feeds, threads: int, precision: str | None) -
     if precision:
         settings["INFERENCE_PRECISION_HINT"] = precision
     graph = core.read_model(model)
-    graph.reshape({name: list(array.shape) for name, array in feeds.items()})
+    graph.reshape({name: list(shape) for name, shape in shapes.items()})
     request = core.compile_model(graph, "CPU", settings).create_infer_request()
-    for i, array in enumerate(feeds.values()):
-        request.set_input_tensor(i, openvino.Tensor(array))  # a copy, which lives with the request
+    tensors = {name: request.get_tensor(name).data for name in shapes}
 
-    def call() -> Any:
+    def call(feeds: Feeds) -> Any:
+        for name, array in feeds.items():
+            tensors[name][...] = array
         request.infer()
         return request.get_output_tensor(0).data
 
