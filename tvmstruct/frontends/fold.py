@@ -19,7 +19,7 @@ from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorErro
 from tvmstruct.frontends.operators import INDEXED
 from tvmstruct.frontends.ranges import Range, array_range, node_range
 from tvmstruct.frontends.source import new_tensor, tensor_view
-from tvmstruct.frontends.validate import SMALL, Graph, attribute
+from tvmstruct.frontends.validate import SMALL, Graph, attribute, describe
 
 MAX_FOLDED_BYTES = 1 << 26  # larger constants are computed at run time
 MAX_VALUE_BYTES = 1 << 38
@@ -92,11 +92,6 @@ class _Folder:
     def output_bytes(self, node: NodeProto) -> int:
         """Return the size of all outputs together."""
         return sum(prod(self.shapes[o]) * self.dtypes[o].itemsize for o in node.output if o)
-
-
-def describe(node: NodeProto) -> str:
-    """Return operator and node name for messages."""
-    return f"{node.op_type} (node {node.name or '-> ' + ', '.join(node.output)!r})"
 
 
 def _infer_types(state: _Folder, node: NodeProto) -> dict[str, TypeProto]:

@@ -347,3 +347,8 @@ def attribute(node: NodeProto, name: str, default: int) -> int:
         if item.name == name and item.type == AttributeProto.INT:
             return item.i
     return default
+
+
+def describe(node: NodeProto) -> str:
+    """Return operator and node name for messages."""
+    return f"{node.op_type} (node {node.name or '-> ' + ', '.join(node.output)!r})"
