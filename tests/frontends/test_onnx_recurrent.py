@@ -1,18 +1,12 @@
 """ONNX LSTM, GRU and RNN: what is read of a node, against ONNX Runtime."""
 
-from dataclasses import replace
-
 import numpy as np
-import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx import helper
 
-from tests.models import make_model, rng, run_onnx, value
+from tests.models import run_onnx
 from tests.recurrent_models import COUNTS, Node, recurrent_model
-from tvmstruct.errors import ModelError, UnsupportedOperatorError
 from tvmstruct.frontends.onnx_recurrent import read_layer
-from tvmstruct.testing import tolerance
 
 SMOOTH = ("Tanh", "Sigmoid", "Softsign", "HardSigmoid", "ScaledTanh", "Affine", "LeakyRelu", "Elu")
 KINKED = ("Relu", "ThresholdedRelu", "Softplus")
@@ -29,8 +23,11 @@ def apply_node(node, feeds):
         r.apply(x, *(None if s is None else s[i] for s in (h, c)), arrays.get("lengths"))
         for i, r in enumerate(layer.directions)
     ]
-    y, *states = (np.stack(s, 1 if i == 0 else 0) for i, s in enumerate(zip(*sides, strict=True))
-                  if s[0] is not None)
+    y, *states = (
+        np.stack(s, 1 if i == 0 else 0)
+        for i, s in enumerate(zip(*sides, strict=True))
+        if s[0] is not None
+    )
     y = y.transpose(2, 0, 1, 3) if swap else y
     return [y, *(s.swapaxes(0, 1) if swap else s for s in states)]
 
@@ -47,7 +44,7 @@ def nodes(draw):
         count = COUNTS[kind] * sides
         activations = draw(st.lists(name, min_size=count, max_size=count))
     needs = {"Affine", "ScaledTanh", "ThresholdedRelu"}.intersection(activations or ())
-    given = bool(needs) or bool(activations) and draw(st.booleans())
+    given = bool(needs) or (bool(activations) and draw(st.booleans()))
     lengths = st.lists(st.integers(0, steps), min_size=batch, max_size=batch)
     return Node(
         kind, direction, steps, batch, draw(st.integers(1, 7)), draw(st.integers(1, 5)),

@@ -8,8 +8,9 @@ from onnx import NodeProto
 
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.fold import fold, try_fold
+from tvmstruct.frontends.nodes import attribute
 from tvmstruct.frontends.source import Dim, Shape, TensorSpec, symbol_places
-from tvmstruct.frontends.validate import Graph, attribute
+from tvmstruct.frontends.validate import Graph
 
 PASSES = frozenset(
     "Cast Identity Reshape Squeeze Unsqueeze Transpose Expand Flatten Slice Split".split()

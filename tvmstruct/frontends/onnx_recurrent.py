@@ -14,7 +14,7 @@ import numpy as np
 from onnx import AttributeProto, NodeProto, helper
 
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
-from tvmstruct.frontends.validate import describe
+from tvmstruct.frontends.nodes import describe
 from tvmstruct.ops import Array, Dense
 from tvmstruct.recurrent import DEFAULTS, GATES, PARAMETERS, Activation, Cell, Recurrent
 
@@ -78,9 +78,7 @@ def read_layer(node: NodeProto, array: Callable[[str], Array | None]) -> Layer:
     return Layer(tuple(directions), tuple(names), bool(_integer(node, "layout", 0)))
 
 
-def _weight(
-    node: NodeProto, part: str, name: str, array: Callable[[str], Array | None]
-) -> Array:
+def _weight(node: NodeProto, part: str, name: str, array: Callable[[str], Array | None]) -> Array:
     value = array(name)
     if value is None:
         raise UnsupportedOperatorError(
@@ -224,9 +222,11 @@ def infer_layer(
     return {n: (s, dtypes[x]) for n, s in zip(node.output, kinds, strict=False) if n}
 
 
-def check_lengths(node: NodeProto, layer: Layer, lengths: Array, x: Shape) -> None:
+def check_lengths(node: NodeProto, layer: Layer, lengths: Array | None, x: Shape) -> None:
     """Raise ModelError where a constant length is negative or longer than the input."""
     steps = x[1] if layer.batch_first else x[0]
+    if lengths is None:
+        return
     if lengths.dtype.kind not in "iu" or (lengths < 0).any() or (lengths > steps).any():
         raise ModelError(
             f"{describe(node)}: sequence_lens are {lengths.tolist()}; want whole numbers from 0 "
