@@ -36,3 +36,11 @@ def attribute(node: NodeProto, name: str, default: int) -> int:
 def describe(node: NodeProto) -> str:
     """Return operator and node name for messages."""
     return f"{node.op_type} (node {node.name or '-> ' + ', '.join(node.output)!r})"
+
+
+def text_attribute(node: NodeProto, name: str, default: str) -> str:
+    """Return a string attribute of a node."""
+    for item in node.attribute:
+        if item.name == name and item.type == AttributeProto.STRING:
+            return item.s.decode("utf-8", "replace")
+    return default

@@ -22,7 +22,7 @@ from tvmstruct.frontends.analyse import describe_outputs, find_limits, find_toke
 from tvmstruct.frontends.einsum import einsum
 from tvmstruct.frontends.fold import Folded, fold, fold_static
 from tvmstruct.frontends.inputs import with_constants, with_shapes
-from tvmstruct.frontends.nodes import attribute, describe
+from tvmstruct.frontends.nodes import attribute, describe, text_attribute
 from tvmstruct.frontends.onnx_layers import emit_layer, take_layers
 from tvmstruct.frontends.source import Shape, Source
 from tvmstruct.frontends.validate import Graph, check_model, read_model
@@ -132,7 +132,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         """Write zeros around a float array as an operator that passes can read, not a kernel."""
         more = [name for name in node.input[2:] if name]
         pads = self.folded.constants.get(node.input[1]) if len(node.input) > 1 else None
-        plain = attribute(node, "mode", b"constant") in (b"constant", "constant")
+        plain = text_attribute(node, "mode", "constant") == "constant"
         if pads is None or more or not plain or (pads < 0).any():
             return None
         if self.folded.dtypes[node.input[0]].kind != "f":

@@ -14,7 +14,7 @@ import numpy as np
 from onnx import AttributeProto, NodeProto, helper
 
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
-from tvmstruct.frontends.nodes import describe
+from tvmstruct.frontends.nodes import describe, text_attribute
 from tvmstruct.ops import Array, Dense
 from tvmstruct.recurrent import DEFAULTS, GATES, PARAMETERS, Activation, Cell, Recurrent
 
@@ -95,7 +95,7 @@ def _weight(node: NodeProto, part: str, name: str, array: Callable[[str], Array 
 
 def _sides(node: NodeProto) -> tuple[bool, ...]:
     """Return whether each direction runs backwards."""
-    name = _text(node, "direction", "forward")
+    name = text_attribute(node, "direction", "forward")
     if name not in SIDES:
         raise ModelError(f"{describe(node)}: direction {name!r}; want one of {', '.join(SIDES)}")
     return SIDES[name]
@@ -262,11 +262,6 @@ def _integer(node: NodeProto, name: str, default: int) -> int:
 def _float(node: NodeProto, name: str) -> float | None:
     item = _attribute(node, name, AttributeProto.FLOAT)
     return None if item is None else item.f
-
-
-def _text(node: NodeProto, name: str, default: str) -> str:
-    item = _attribute(node, name, AttributeProto.STRING)
-    return default if item is None else _decoded(item.s)
 
 
 def own_node(node: NodeProto) -> NodeProto:
