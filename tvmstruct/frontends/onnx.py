@@ -18,7 +18,13 @@ from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorError
-from tvmstruct.frontends.analyse import describe_outputs, find_limits, find_token_inputs
+from tvmstruct.frontends.analyse import (
+    describe_outputs,
+    find_length_inputs,
+    find_limits,
+    find_token_inputs,
+    fold_at_probes,
+)
 from tvmstruct.frontends.einsum import einsum
 from tvmstruct.frontends.fold import Folded, fold, fold_static
 from tvmstruct.frontends.inputs import with_constants, with_shapes
@@ -58,17 +64,18 @@ def source_from_graph(graph: Graph, limits: Mapping[str, int] | None = None) -> 
     """Return the ``Source`` of a checked graph; ``limits`` replaces the search for bounds."""
     graph = take_layers(fold_static(graph))
     tokens = find_token_inputs(graph)
-    outputs = describe_outputs(graph, tokens)
+    probed = fold_at_probes(graph, tokens)
 
     def build(shapes: dict[str, Shape]) -> tvm.IRModule:
         return import_folded(graph, fold(graph, shapes, tokens))
 
     return Source(
         inputs=graph.inputs,
-        outputs=outputs,
+        outputs=describe_outputs(graph, probed),
         tensors=graph.tensors,
         build=build,
         token_inputs=tokens,
+        length_inputs=find_length_inputs(graph, probed),
         find_limits=lambda: dict(limits) if limits else find_limits(graph, tokens),
         stored_dtypes=graph.stored_dtypes,
         name=graph.name,
