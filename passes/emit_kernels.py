@@ -205,7 +205,7 @@ class EmitKernels:
 
     @_kernel.register
     def _(self, node: RecurrentCells, args, shape):
-        states = node.lengths + 1 + (node.cells[0].kind == "lstm")
+        states = node.states
         given, programs = list(args[:states]), []
         for k, layer in enumerate(node.hidden):
             given.append(args[states + k])

@@ -21,11 +21,16 @@ Emit = Callable[[Expr], Expr]
 
 @dataclass(frozen=True)
 class Side:
-    """One direction: its cell, and which vectors it has beside its matrices."""
+    """One direction: its cell, and which vectors it has beside its matrices.
+
+    Where ``groups`` is g > 1 unit k * h / g + i of the kernel is unit i * g + k of its state
+    arguments and results.
+    """
 
     cell: Cell
     hidden_bias: bool
     peepholes: bool
+    groups: int = 0
 
 
 @dataclass(frozen=True)

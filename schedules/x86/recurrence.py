@@ -210,12 +210,24 @@ class _Side:
             if load and self.padded > r.h:
                 with loops(self.padded - r.h) as (i,):
                     T.buffer_store(buffer, T.float32(0), [mine + r.h + i])
-            with loops(r.h) as (i,):
-                theirs = [self.number * r.batch + row, i]
+            with self._units() as (unit, natural):
+                theirs = [self.number * r.batch + row, natural]
                 if load:
-                    T.buffer_store(buffer, states[tuple(theirs)], [mine + i])
+                    T.buffer_store(buffer, states[tuple(theirs)], [mine + unit])
                 else:
-                    T.buffer_store(states, buffer[mine + i], theirs)
+                    T.buffer_store(states, buffer[mine + unit], theirs)
+
+    @property
+    def groups(self) -> int:
+        """Groups that the units are sorted by, 1 for their natural order."""
+        return self.kernel.r.sides[self.number].groups or 1
+
+    @contextmanager
+    def _units(self) -> Iterator[tuple[Expr, Expr]]:
+        """Loop over the units: yield where one lies here and where in arguments and results."""
+        groups, each = self.groups, self.kernel.r.h // self.groups
+        with loops(groups, each) as (k, i):
+            yield k * each + i, i * groups + k
 
     def _touch(self) -> None:
         """State what a step reads and writes."""
@@ -230,6 +242,20 @@ class _Side:
     def _step(self, t: Expr) -> None:
         """Emit one step of all rows."""
         now, then = t % 2 * self.size, (t + 1) % 2 * self.size
+        self._advance(t, now, then)
+        if self.groups > 1:
+            self._write_rows(t, then)
+
+    def _write_rows(self, t: Expr, then: Expr) -> None:
+        """Write y unit by unit, each to its natural place."""
+        with loops(self.kernel.r.batch) as (row,), self._active(t, row) as at_row:
+            with self._units() as (unit, natural):
+                value = self.state[then + row * self.padded + unit]
+                place = self.number * self.kernel.r.h + natural
+                T.buffer_store(self.kernel.y, value, [at_row, place])
+
+    def _advance(self, t: Expr, now: Expr, then: Expr) -> None:
+        """Emit the new state of all rows, and y where units are in natural order."""
         if not self.cell.split_reset:
             self.products[0].emit(self.state, now, lambda *at: self._update(t, now, then, *at))
             return
@@ -276,8 +302,8 @@ class _Side:
         self,
         t: Expr,
         row: Expr,
-        unit: Expr,
-        count: int,
+        unit: Expr | int = 0,
+        count: int = 0,
         then: Expr | None = None,
         now: Expr | None = None,
     ) -> Iterator[Expr]:
@@ -330,7 +356,8 @@ class _Side:
 
     def _store(self, at_row: Expr, row: Expr, unit: Expr, count: int, then: Expr, h: Expr) -> None:
         T.buffer_store(self.state, h, [self._place(row, unit, then)])
-        self._store_y(at_row, unit, count, h)
+        if self.groups == 1:
+            self._store_y(at_row, unit, count, h)
 
     def _store_y(self, at_row: Expr, unit: Expr, count: int, h: Expr) -> None:
         y, lanes = self.kernel.y, self.kernel.isa.lanes
