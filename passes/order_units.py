@@ -1,9 +1,9 @@
 """Keep the units of a recurrent layer in the order in which its hidden matrix yields them.
 
-AntMan's shuffle spreads the outputs of each group over all gates. Were the state in natural
-order, every step would transpose the sums of all gates; in the order of groups the sums of a gate
-lie in runs of units, and the shuffle is how the next step reads its few inputs. The input
-product, which meets the sums, is brought into that order once, when it is compiled.
+AntMan's shuffle deals the outputs of each group out over all units, the four gates of a unit from
+one group. In the order of groups every group is a dense block that yields its own units, and the
+shuffle is how the next step reads its inputs. The input product, which meets the sums, is brought
+into that order once, when it is compiled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OrderUnits:
             rows = compat.static_shape(old)
             assert rows is not None
             args[states + k] = relax.op.reshape(self.table.call(made, arguments(old), rows), shape)
-            hidden[k] = _conjugated(layer, gates, node.h, groups)
+            hidden[k] = _sorted(layer, gates, node.h, groups)
             if (array := holes[k]) is not None:
                 holes[k] = _permute(array.reshape(-1), 3, node.h, groups).reshape(3, -1)
             orders.append(groups)
@@ -58,12 +58,12 @@ class OrderUnits:
 
 
 def _groups(op: ops.Op, h: int) -> int:
-    """Return the groups that the last factor shuffles, where units stay together, else 0."""
-    last = op.factors[-1] if isinstance(op, ops.Product) else op
-    if not isinstance(last, ops.Permute) or len(last.dims) != 2 or last.axes != (1, 0):
-        return 0
-    groups = last.dims[0]
-    return groups if h % groups == 0 else 0
+    """Return the groups of LGP-shuffle that keep the gates of a unit together, else 0."""
+    match op:
+        case ops.Product((ops.BlockDiag(w), ops.Permute(dims, (1, 0)))):
+            return w.shape[0] if dims[0] == w.shape[0] and h % w.shape[0] == 0 else 0
+        case _:
+            return 0
 
 
 def _order(gates: int, h: int, groups: int) -> ops.Permute:
@@ -86,9 +86,10 @@ def _reordered(layer: Layer, gates: int, h: int, groups: int) -> Layer:
     return replace(layer, op=op, bias=bias, variant=f"{layer.variant}/units{groups}")
 
 
-def _conjugated(layer: Layer, gates: int, h: int, groups: int) -> Layer:
-    """Return the hidden layer from units in the order of groups to gates in that order."""
-    order = _order(gates, h, groups)
-    op = ops.product(ops.swap(groups, h // groups), layer.op, order)
-    bias = None if layer.bias is None else order.apply(layer.bias)
-    return replace(layer, op=op, bias=bias, variant=f"{layer.variant}/units{groups}")
+def _sorted(layer: Layer, gates: int, h: int, groups: int) -> Layer:
+    """Return the hidden layer as blocks without their shuffle, its bias in the order of groups."""
+    assert isinstance(layer.op, ops.Product)
+    bias = None if layer.bias is None else _permute(layer.bias, gates, h, groups)
+    return replace(
+        layer, op=layer.op.factors[0], bias=bias, variant=f"{layer.variant}/units{groups}"
+    )

@@ -11,11 +11,11 @@ from tests.kernels import GUARD, build, every_isa
 from tvmstruct import ops
 from tvmstruct.recurrent import PARAMETERS, Activation, Cell, Recurrent
 from tvmstruct.schedules.compute.recurrence import (
+    Layout,
     Recurrence,
     Side,
     hidden_parts,
     pack_units,
-    pad_units,
 )
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.schedules.x86.recurrence import WIDTH, recurrence
@@ -115,14 +115,14 @@ def kernel_of(isa: Isa, case: Case, made: Sequence[Recurrent]) -> Kernel:
 
 
 def weights(isa: Isa, layer: Recurrent) -> list[np.ndarray]:
-    packed = list[np.ndarray]()
+    packed, layout = list[np.ndarray](), Layout(1, layer.h, isa.lanes)
     for op, gates in products(layer):
         if isinstance(op, ops.Dense):
-            packed.append(pack_units(op.w, gates, isa.lanes, WIDTH))
+            packed.append(pack_units(op.w[None], gates, layout, WIDTH))
         else:
             packed += lower(op, isa.lanes).weights
     vectors = (v for v in (layer.hidden_bias, layer.peepholes) if v is not None)
-    return [*packed, *(pad_units(v.reshape(-1, layer.h), isa.lanes).reshape(-1) for v in vectors)]
+    return [*packed, *(layout.pad(v.reshape(-1, layer.h)).reshape(-1) for v in vectors)]
 
 
 @pytest.fixture(scope="module")
