@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tvmstruct.schedules.compute.recurrence import (
     pack_units,
 )
 from tvmstruct.schedules.registry import Kernel
-from tvmstruct.schedules.x86.recurrence import WIDTH, recurrence
+from tvmstruct.schedules.x86 import recurrence as kernels
 from tvmstruct.stages import lower
 from tvmstruct.targets import ISAS, Isa
 from tvmstruct.testing import tolerance
@@ -38,10 +39,11 @@ class Case:
     bias: bool = True
     peepholes: bool = False
     threads: int = 1
+    team: bool = False  # whether threads share a step, however short it is
 
     def __str__(self) -> str:
         kinds = "+".join(c.kind for c in self.cells)
-        return f"{kinds}-{self.h}x{self.batch}-{self.form}-{self.threads}"
+        return f"{kinds}-{self.h}x{self.batch}-{self.form}-{self.threads}{'-team' * self.team}"
 
 
 def activations(*names: str) -> tuple[Activation, ...]:
@@ -63,6 +65,8 @@ CASES = [
     Case((LSTM,), 40, 1, "blocks"),
     Case((LSTM, BACK), 24, 3, "low_rank", lengths=True, threads=2),
     Case((RNN,), 36, 11, "low_rank", threads=2),
+    Case((LSTM,), 36, 5, "low_rank", lengths=True, threads=2, team=True),
+    Case((replace(GRU, reset_after=False),), 40, 1, "blocks", threads=2, team=True),
 ]
 
 
@@ -111,14 +115,15 @@ def kernel_of(isa: Isa, case: Case, made: Sequence[Recurrent]) -> Kernel:
         for la in made
     ]
     static = Recurrence(sides, case.h, case.batch, case.lengths)
-    return recurrence(isa, static, programs, case.threads)
+    with mock.patch.object(kernels, "PHASE_MACS", 0 if case.team else kernels.PHASE_MACS):
+        return kernels.recurrence(isa, static, programs, case.threads)
 
 
 def weights(isa: Isa, layer: Recurrent) -> list[np.ndarray]:
     packed, layout = list[np.ndarray](), Layout(1, layer.h, isa.lanes)
     for op, gates in products(layer):
         if isinstance(op, ops.Dense):
-            packed.append(pack_units(op.w[None], gates, layout, WIDTH))
+            packed.append(pack_units(op.w[None], gates, layout, kernels.WIDTH))
         else:
             packed += lower(op, isa.lanes).weights
     vectors = (v for v in (layer.hidden_bias, layer.peepholes) if v is not None)
