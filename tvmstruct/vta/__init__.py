@@ -1,0 +1,1 @@
+"""The VTA FPGA accelerator: instruction set, simulator, cycle model, exploration."""
