@@ -1,1 +1,1 @@
-"""The VTA FPGA accelerator: instruction set, simulator, cycle model, exploration."""
+"""The VTA accelerator: configuration, instructions, simulator, timing, code generation."""
