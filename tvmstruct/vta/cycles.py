@@ -38,10 +38,21 @@ class Prediction:
         return self.matrix_cycles / self.cycles
 
     @cached_property
-    def waits(self) -> dict[str, int]:
-        """Return the cycles that instructions of any unit waited at the head of a queue.
+    def heads(self) -> list[int]:
+        """Return when each instruction came to the head of its queue."""
+        free = [0] * len(UNITS)
+        times: list[int] = []
+        for instruction, span in zip(self.stream, self.spans, strict=False):
+            unit = unit_of(instruction)
+            times.append(max(span.queued, free[unit]))
+            free[unit] = span.end
+        return times
 
-        By reason: tokens by name, ``fetch``, and ``dma`` for beats that others delayed.
+    @cached_property
+    def waits(self) -> dict[str, int]:
+        """Return the cycles that all units stood still or waited for data, by reason.
+
+        Tokens by name, ``fetch``, and ``dma`` for beats that others on the channel delayed.
         """
         found: dict[str, int] = {"dma": sum(span.memory for span in self.spans)}
         free = [0] * len(UNITS)
