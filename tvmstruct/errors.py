@@ -53,6 +53,10 @@ class VtaEncodingError(VtaError):
     """An instruction or micro-op does not fit its bit fields, or bits are no instruction."""
 
 
+class VtaAssemblyError(VtaError):
+    """A line of VTA assembly cannot be read; the message has its number."""
+
+
 class VtaRunError(VtaError):
     """A VTA program cannot be run: what it addresses, its tokens, or more work than allowed.
 
