@@ -670,10 +670,12 @@ def _typical(model: ModelArgument, compiled: Any, shapes: Shapes) -> dict[str, A
     optional = {*compiled.default_ones, *compiled.default_zeros}
     wanted = {name: shape for name, shape in shapes.items() if name not in optional}
     arrays = _random_arrays(compiled.inputs, wanted)
-    return {
-        n: a % compiled.token_inputs.get(n, 100) if a.dtype.kind in "iu" else a
-        for n, a in arrays.items()
-    }
+    for name, array in arrays.items():
+        if array.dtype.kind in "iu":
+            array %= compiled.token_inputs.get(name, 100)
+    for name, steps in compiled.longest(shapes).items():
+        arrays[name][...] = steps
+    return arrays
 
 
 def _summary(name: str, array: Any) -> dict[str, Any]:

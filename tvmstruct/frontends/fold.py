@@ -7,7 +7,7 @@ never copied: they stay named inputs of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,17 +16,20 @@ from onnx import NodeProto, TypeProto, defs, helper, numpy_helper, shape_inferen
 from onnx.reference import ReferenceEvaluator
 
 from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorError
+from tvmstruct.frontends.branches import branches, reads, rename, with_branches
+from tvmstruct.frontends.nodes import attribute, describe
+from tvmstruct.frontends.onnx_recurrent import KINDS, check_lengths, infer_layer
 from tvmstruct.frontends.operators import INDEXED
 from tvmstruct.frontends.ranges import Range, array_range, node_range
 from tvmstruct.frontends.source import new_tensor, tensor_view
-from tvmstruct.frontends.validate import SMALL, Graph, attribute
+from tvmstruct.frontends.validate import SMALL, Graph
 
 MAX_FOLDED_BYTES = 1 << 26  # larger constants are computed at run time
 MAX_VALUE_BYTES = 1 << 38
 UNCHANGED_IF_SAME_SHAPE = frozenset(
     {"Reshape", "Expand", "Cast", "Squeeze", "Unsqueeze", "Tile", "Slice"}
 )
-UNEVALUATED = frozenset({"Einsum", "Conv", "AveragePool", "MaxPool", "MatMulInteger"})
+UNEVALUATED = frozenset({"Einsum", "Conv", "AveragePool", "MaxPool", "MatMulInteger", *KINDS})
 INFERENCE_SIZE = 1024  # ONNX inference reads the contents of small integer arrays only
 
 Shape = tuple[int, ...]
@@ -76,6 +79,11 @@ class _Folder:
 
     def infer(self, node: NodeProto) -> None:
         """Find dtype and static shape of every output."""
+        if (layer := self.graph.layers.get(node.name)) is not None:
+            found = infer_layer(node, layer, self.shapes, self.dtypes)
+            for name, (shape, dtype) in found.items():
+                self.shapes[name], self.dtypes[name] = shape, dtype
+            return
         for name, proto in _infer_types(self, node).items():
             tensor = proto.tensor_type
             dims = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim]
@@ -92,11 +100,6 @@ class _Folder:
     def output_bytes(self, node: NodeProto) -> int:
         """Return the size of all outputs together."""
         return sum(prod(self.shapes[o]) * self.dtypes[o].itemsize for o in node.output if o)
-
-
-def describe(node: NodeProto) -> str:
-    """Return operator and node name for messages."""
-    return f"{node.op_type} (node {node.name or '-> ' + ', '.join(node.output)!r})"
 
 
 def _infer_types(state: _Folder, node: NodeProto) -> dict[str, TypeProto]:
@@ -156,13 +159,9 @@ def _divides_negative(feeds: Mapping[str, np.ndarray | None]) -> bool:
 
 
 def _rename(state: _Folder, node: NodeProto) -> NodeProto:
-    if not any(i in state.aliases for i in node.input):
+    if not any(i in state.aliases for i in reads(node)):
         return node
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.ClearField("input")
-    copy.input.extend(state.aliases.get(i, i) for i in node.input)
-    return copy
+    return rename(node, lambda name: state.aliases.get(name, name))
 
 
 def _same_value(state: _Folder, node: NodeProto) -> str | None:
@@ -257,24 +256,65 @@ def _shape_value(state: _Folder, node: NodeProto) -> np.ndarray:
     return np.array(shape[attribute(node, "start", 0) : end], np.int64)
 
 
+def _chosen(state: _Folder, node: NodeProto) -> list[NodeProto] | None:
+    """Return the nodes of the branch that an ``If`` takes; None where that is not known."""
+    condition = state.values.get(state.aliases.get(node.input[0], node.input[0]))
+    if condition is None:
+        return None
+    if condition.size != 1:
+        raise ModelError(f"{describe(node)}: its condition has {condition.size} values, not one")
+    branch = branches(node)[0 if condition.reshape(-1)[0] else 1]
+    ends = zip(branch.output, node.output, strict=True)
+    return [
+        *branch.node,
+        *(helper.make_node("Identity", [a.name], [b], name=f"{b}#if") for a, b in ends if b),
+    ]
+
+
 def _visit(state: _Folder, node: NodeProto, tables: bool) -> None:
+    if node.op_type == "If":
+        for inner in _decided(state, node):
+            _visit(state, inner, tables)
+        return
     node = _rename(state, node)
     state.infer(node)
+    if (layer := state.graph.layers.get(node.name)) is not None:
+        lengths = state.values.get(node.input[1])
+        check_lengths(node, layer, lengths, state.shapes[node.input[0]])
+        state.kept.append(node)
+        return
     if node.op_type in ("Shape", "Size"):
         state.values[node.output[0]] = _shape_value(state, node)
-        return
-    if state.known(node) and state.output_bytes(node) <= MAX_FOLDED_BYTES:
-        uses_weight = any(i in state.weights for i in node.input)
-        if not uses_weight or (tables and node.op_type in ("Gather", "Slice")):
-            if node.op_type == "Gather":
-                _check_gather(state, node)
-            if (arrays := _evaluate(state, node)) is not None:
-                state.values.update(arrays)
-                return
-    if (source := _same_value(state, node)) is not None:
-        state.aliases[node.output[0]] = state.aliases.get(source, source)
-        return
-    _keep(state, node)
+    elif not _evaluated(state, node, tables):
+        if (source := _same_value(state, node)) is not None:
+            state.aliases[node.output[0]] = state.aliases.get(source, source)
+        else:
+            _keep(state, node)
+
+
+def _decided(state: _Folder, node: NodeProto) -> list[NodeProto]:
+    if (chosen := _chosen(state, node)) is None:
+        raise UnsupportedOperatorError(
+            f"{describe(node)}: its condition depends on values that are computed at run time; "
+            "where an input decides it, fix that: from_onnx(..., constants={name: value})"
+        )
+    return chosen
+
+
+def _evaluated(state: _Folder, node: NodeProto, tables: bool) -> bool:
+    """Compute what is known, small enough and no copy of a weight; tell whether it was."""
+    if not state.known(node) or state.output_bytes(node) > MAX_FOLDED_BYTES:
+        return False
+    if any(i in state.weights for i in node.input) and not (
+        tables and node.op_type in ("Gather", "Slice")
+    ):
+        return False
+    if node.op_type == "Gather":
+        _check_gather(state, node)
+    if (arrays := _evaluate(state, node)) is None:
+        return False
+    state.values.update(arrays)
+    return True
 
 
 def fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int]) -> Folded:
@@ -308,7 +348,7 @@ def _live(nodes: list[NodeProto], used: set[str]) -> tuple[tuple[NodeProto, ...]
     used = set(used)
     for node in reversed(nodes):
         if used.intersection(node.output):
-            used.update(i for i in node.input if i)
+            used.update(reads(node))
             kept.append(node)
     return tuple(reversed(kept)), used
 
@@ -318,8 +358,22 @@ def fold_static(graph: Graph) -> Graph:
     state = _Folder(graph, {})
     uses = _count_uses(graph)
     stored = dict(graph.stored_dtypes)
+    rest = _fold_nodes(state, graph.nodes, uses, stored)
+    return _rebuild(state, graph, rest, stored)
+
+
+def _fold_nodes(
+    state: _Folder, nodes: Iterable[NodeProto], uses: dict[str, int], stored: dict[str, str]
+) -> list[NodeProto]:
+    """Return what is left of nodes, chosen branches in the place of their ``If``."""
     rest: list[NodeProto] = []
-    for node in map(lambda n: _rename(state, n), graph.nodes):
+    for node in map(lambda n: _rename(state, n), nodes):
+        if node.op_type == "If":
+            chosen = _chosen(state, node)
+            if chosen is None:
+                node = with_branches(node, lambda ns: _fold_nodes(state, ns, uses, stored))
+            rest += [node] if chosen is None else _fold_nodes(state, chosen, uses, stored)
+            continue
         if node.op_type == "Transpose" or not node.input or not state.known(node):
             rest.append(node)
             continue
@@ -330,13 +384,13 @@ def fold_static(graph: Graph) -> Graph:
             rest.append(node)
             continue
         _absorb(state, node, arrays, uses, stored)
-    return _rebuild(state, graph, rest, stored)
+    return rest
 
 
 def _count_uses(graph: Graph) -> dict[str, int]:
     uses: dict[str, int] = {s.name: 1 for s in graph.outputs}
     for node in graph.nodes:
-        for name in node.input:
+        for name in reads(node):
             uses[name] = uses.get(name, 0) + 1
     return uses
 
