@@ -17,6 +17,8 @@ except ImportError as error:
         "tvmstruct.training needs PyTorch: pip install tvmstruct[torch]"
     ) from error
 
+from tvmstruct.training.checkpoint import load_checkpoint, save_checkpoint
+from tvmstruct.training.convert import Converted, convert, plan_recurrent
 from tvmstruct.training.distillation import (
     DistillationLoss,
     Terms,
@@ -26,12 +28,14 @@ from tvmstruct.training.distillation import (
     clip_limits,
 )
 from tvmstruct.training.embedding import StructuredEmbedding
+from tvmstruct.training.export import export
 from tvmstruct.training.initialise import initialise
 from tvmstruct.training.language_model import LanguageModel
 from tvmstruct.training.linear import StructuredLinear
 from tvmstruct.training.recurrent import StructuredGRU, StructuredLSTM
 
 __all__ = [
+    "Converted",
     "DistillationLoss",
     "LanguageModel",
     "StructuredEmbedding",
@@ -43,5 +47,10 @@ __all__ = [
     "choose_coefficients",
     "clip_gradients",
     "clip_limits",
+    "convert",
+    "export",
     "initialise",
+    "load_checkpoint",
+    "plan_recurrent",
+    "save_checkpoint",
 ]

@@ -34,11 +34,16 @@ class StructuredEmbedding(nn.Module):
         """Return a table of ``order`` factors (r, t, q), the least that cover it."""
         factors = zero_factors(vocabulary, dimension, order=order, r=r)
         layer = cls(Word2KetXS(tuple(factors), vocabulary, dimension))
-        bound = math.sqrt(3) * len(factors[0]) ** (-1 / (2 * order))  # r products of variance 1/r
-        with torch.no_grad():
-            for factor in layer.parameters():
-                factor.uniform_(-bound, bound)
+        layer.initialise()
         return layer
+
+    def initialise(self) -> None:
+        """Draw the factors, uniform: a feature is a sum of r products of variance 1 / r."""
+        factors = list(self.parameters())
+        bound = math.sqrt(3) * factors[0].shape[0] ** (-1 / (2 * len(factors)))
+        with torch.no_grad():
+            for factor in factors:
+                factor.uniform_(-bound, bound)
 
     def table(self) -> Word2KetXS:
         """Return the table in numpy, with the parameters' very bits."""

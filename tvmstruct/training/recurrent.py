@@ -124,6 +124,8 @@ class StructuredRecurrent(nn.Module):
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return y (s, b, h) and the last state (layers, b, h), see the class."""
+        if x.dim() != 3 or x.shape[-1] != self.input_size:
+            raise ModelError(f"training: x {tuple(x.shape)}; want (s, b, {self.input_size})")
         x = x.transpose(0, 1) if self.batch_first else x
         given = self._states(x, state)
         last = []
