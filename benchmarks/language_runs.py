@@ -38,10 +38,10 @@ class Settings:
     rows: int = 32  # streams side by side
     steps: int = 35  # of back-propagation through time
     teacher: int = 830  # updates: one pass over the text
-    student: int = 500
-    alone: int = 150  # with one term of the loss, for the coefficients
+    student: int = 300
+    alone: int = 100  # with one term of the loss, for the coefficients
     teacher_rate: float = 2e-3  # of Adam
-    student_rate: float = 4e-3
+    student_rate: float = 3e-3
     warmup: int = 30
     norm: float = 1.0
     save: int = 50  # updates between checkpoints
