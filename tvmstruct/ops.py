@@ -509,6 +509,11 @@ def crop(width: int, n: int) -> tuple[Op, ...]:
     return () if n == width else (Slice(width, n),)
 
 
+def zeros(*shape: int) -> Array:
+    """Return an array of its own of float32 zeros: a parameter that has no value yet."""
+    return np.zeros(shape, np.float32)
+
+
 def next_power_of_two(n: int) -> int:
     """Return the least power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()

@@ -5,36 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tvmstruct.families.bh4 import bh4, bh4_params, nearest_bh4
+from tvmstruct.families.bh4 import bh4, bh4_params, bh4_template, nearest_bh4
 from tvmstruct.families.kronecker import (
     kronecker,
     kronecker_macs,
     kronecker_params,
+    kronecker_template,
     nearest_kronecker,
 )
 from tvmstruct.families.lgp import (
     block_diagonal,
+    block_diagonal_template,
     block_params,
     lgp_dense,
     lgp_dense_params,
+    lgp_dense_template,
     lgp_shuffle,
+    lgp_shuffle_template,
     low_rank_lgp,
     low_rank_lgp_params,
+    low_rank_lgp_template,
     nearest_block_diagonal,
     nearest_lgp_dense,
     nearest_lgp_shuffle,
     nearest_low_rank_lgp,
 )
-from tvmstruct.families.low_rank import low_rank, low_rank_params, nearest_low_rank
-from tvmstruct.families.monarch import monarch, monarch_params, nearest_monarch
-from tvmstruct.families.vvma import nearest_vvma, vvma, vvma_macs, vvma_params
+from tvmstruct.families.low_rank import (
+    low_rank,
+    low_rank_params,
+    low_rank_template,
+    nearest_low_rank,
+)
+from tvmstruct.families.monarch import monarch, monarch_params, monarch_template, nearest_monarch
+from tvmstruct.families.vvma import nearest_vvma, vvma, vvma_macs, vvma_params, vvma_template
 from tvmstruct.families.word2ket_xs import (
     nearest_word2ket_xs,
     word2ket_xs,
     word2ket_xs_macs,
     word2ket_xs_params,
+    word2ket_xs_template,
 )
 from tvmstruct.fit import Fit
+from tvmstruct.ops import Op
 
 __all__ = [
     "FAMILIES",
@@ -56,7 +68,8 @@ __all__ = [
 class Family:
     """One structured form: how to fit it, what it stores, what it costs.
 
-    ``nearest(w, **parameters)`` takes ``w`` (n_in, n_out); ``params`` and ``macs`` are
+    ``nearest(w, **parameters)`` takes ``w`` (n_in, n_out); ``template(n_in, n_out,
+    **parameters)`` is a member of zeros, shaped like the nearest; ``params`` and ``macs`` are
     formulas called as ``params(n_in, n_out, **parameters)``.  ``required`` and ``optional``
     name the parameters and their kinds: "int", "float", "bool" or "shape" (two ints).
     """
@@ -64,6 +77,7 @@ class Family:
     name: str
     title: str
     nearest: Callable[..., Fit]
+    template: Callable[..., Op]
     params: Callable[..., int]
     macs: Callable[..., int]
     required: Mapping[str, str]
@@ -74,6 +88,7 @@ def _family(
     name: str,
     title: str,
     nearest: Callable[..., Fit],
+    template: Callable[..., Op],
     params: Callable[..., int],
     required: str,
     *,
@@ -81,29 +96,49 @@ def _family(
     **optional: str,
 ) -> Family:
     kinds = dict.fromkeys(required.split(), "int")
-    return Family(name, title, nearest, params, macs or params, kinds, optional)
+    return Family(name, title, nearest, template, params, macs or params, kinds, optional)
 
 
 _ALL = (
-    _family("low_rank", "low rank", nearest_low_rank, low_rank_params, "r"),
-    _family("vvma", "VVMA", nearest_vvma, vvma_params, "k", macs=vvma_macs, transposed="bool"),
+    _family("low_rank", "low rank", nearest_low_rank, low_rank_template, low_rank_params, "r"),
+    _family(
+        "vvma",
+        "VVMA",
+        nearest_vvma,
+        vvma_template,
+        vvma_params,
+        "k",
+        macs=vvma_macs,
+        transposed="bool",
+    ),
     _family(
         "kronecker",
         "sum of Kroneckers",
         nearest_kronecker,
+        kronecker_template,
         kronecker_params,
         "r",
         macs=kronecker_macs,
         a="shape",
         b="shape",
     ),
-    _family("block_diagonal", "block diagonal", nearest_block_diagonal, block_params, "g"),
-    _family("lgp_shuffle", "LGP-shuffle", nearest_lgp_shuffle, block_params, "g"),
-    _family("lgp_dense", "LGP-dense", nearest_lgp_dense, lgp_dense_params, "g"),
+    _family(
+        "block_diagonal",
+        "block diagonal",
+        nearest_block_diagonal,
+        block_diagonal_template,
+        block_params,
+        "g",
+    ),
+    _family(
+        "lgp_shuffle", "LGP-shuffle", nearest_lgp_shuffle, lgp_shuffle_template, block_params, "g"
+    ),
+    _family("lgp_dense", "LGP-dense", nearest_lgp_dense, lgp_dense_template, lgp_dense_params, "g"),
     _family(
         "low_rank_lgp",
         "LowRank-LGP",
         nearest_low_rank_lgp,
+        low_rank_lgp_template,
         low_rank_lgp_params,
         "g r",
         g_out="int",
@@ -113,17 +148,19 @@ _ALL = (
         "bh4",
         "BH4",
         nearest_bh4,
+        bh4_template,
         bh4_params,
         "b",
         decay="float",
         sweeps="int",
         seed="int",
     ),
-    _family("monarch", "Monarch", nearest_monarch, monarch_params, "b", r="int"),
+    _family("monarch", "Monarch", nearest_monarch, monarch_template, monarch_params, "b", r="int"),
     _family(
         "word2ket_xs",
         "word2ketXS",
         nearest_word2ket_xs,
+        word2ket_xs_template,
         word2ket_xs_params,
         "order r",
         macs=word2ket_xs_macs,

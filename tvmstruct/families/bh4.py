@@ -22,6 +22,7 @@ from tvmstruct.ops import (
     pad,
     product,
     scaling,
+    zeros,
 )
 
 PAIRS = 4
@@ -74,6 +75,16 @@ def nearest_bh4(w: Array, *, b: int, decay: float = DECAY, sweeps: int = 20, see
     error = float(np.linalg.norm(op.to_dense() - target) / max(np.linalg.norm(target), 1e-300))
     parameters = {"b": b, "decay": decay, "sweeps": sweeps, "seed": seed}
     return Fit(as_stored(op, w), error, "bh4", parameters)
+
+
+def bh4_template(
+    n_in: int, n_out: int, *, b: int, decay: float = DECAY, sweeps: int = 20, seed: int = 0
+) -> Op:
+    """Return a member of zeros; ``sweeps`` and ``seed`` are options of fits, unused here."""
+    del sweeps, seed
+    width = check_blocks(n_in, n_out, b=b)
+    w = zeros(-(-n_out // width), PAIRS, width // b, b, b)
+    return bh4(w, n_in, n_out, decay=decay)
 
 
 def check_blocks(n_in: int, n_out: int, *, b: int) -> int:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from tvmstruct.fit import Fit, Solver, as_stored, as_weight, complete, relative_error, truncate
-from tvmstruct.ops import Array, Op, Permute, SharedBlockDiag, crop, pad, product, swap
+from tvmstruct.ops import Array, Op, Permute, SharedBlockDiag, crop, pad, product, swap, zeros
 
 Shape = tuple[int, int]
 
@@ -101,6 +101,16 @@ def factor_shapes(
             "weight; want r >= 1 and a[i] * b[i] of at least its sides"
         )
     return a, b
+
+
+def kronecker_template(
+    n_in: int, n_out: int, *, r: int, a: Shape | None = None, b: Shape | None = None
+) -> Op:
+    """Return a member of zeros: the shapes that training starts from."""
+    a, b = factor_shapes(n_in, n_out, r=r, a=a, b=b)
+    r = min(r, math.prod(a), math.prod(b))
+    core = kronecker(zeros(r, *a), zeros(r, *b))
+    return product(*pad(n_in, a[0] * b[0]), core, *crop(a[1] * b[1], n_out))
 
 
 def kronecker_params(

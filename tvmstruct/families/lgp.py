@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tvmstruct.fit import Fit, Solver, as_stored, as_weight, fit, relative_error, truncate
-from tvmstruct.ops import Array, BlockDiag, Dense, Op, crop, pad, product, swap
+from tvmstruct.ops import Array, BlockDiag, Dense, Op, crop, pad, product, swap, zeros
 
 
 def block_diagonal(w: Array) -> Op:
@@ -90,6 +92,40 @@ def inner_rank(n_in: int, n_out: int, *, r: int) -> int:
     return -(-min(n_in, n_out) // r)
 
 
+def block_diagonal_template(n_in: int, n_out: int, *, g: int) -> Op:
+    """Return a block diagonal of zeros: the shapes that training starts from."""
+    return _blocks_template(n_in, n_out, g, "block_diagonal", block_diagonal)
+
+
+def lgp_shuffle_template(n_in: int, n_out: int, *, g: int) -> Op:
+    """Return an LGP-shuffle of zeros: the shapes that training starts from."""
+    return _blocks_template(n_in, n_out, g, "lgp_shuffle", lgp_shuffle)
+
+
+def lgp_dense_template(n_in: int, n_out: int, *, g: int) -> Op:
+    """Return an LGP-dense of zeros, the mixing on the smaller side."""
+    _check_groups("lgp_dense", n_in, n_out, g=g)
+    p, q = -(-n_in // g), -(-n_out // g)
+    mix_first = n_in <= n_out
+    mixing = zeros(n_in, g * p) if mix_first else zeros(g * q, n_out)
+    core = lgp_dense(zeros(g, p, q), mixing, mix_first=mix_first)
+    return product(*pad(n_in, core.n_in), core, *crop(core.n_out, n_out))
+
+
+def low_rank_lgp_template(
+    n_in: int, n_out: int, *, g: int, r: int, g_out: int | None = None, sweeps: int = 20
+) -> Op:
+    """Return a LowRank-LGP of zeros; ``sweeps`` is an option of fits and means nothing here."""
+    del sweeps
+    g_out = g if g_out is None else g_out
+    rank = inner_rank(n_in, n_out, r=r)
+    _check_groups("low_rank_lgp", rank, max(n_in, n_out), g=max(g, g_out))
+    w_in = zeros(g, -(-n_in // g), -(-rank // g))
+    w_out = zeros(g_out, -(-rank // g_out), -(-n_out // g_out))
+    core = low_rank_lgp(w_in, zeros(rank, rank), w_out)
+    return product(*pad(n_in, core.n_in), core, *crop(core.n_out, n_out))
+
+
 def block_params(n_in: int, n_out: int, *, g: int) -> int:
     """Return ``n_in n_out / g`` with both sides rounded up to multiples of g."""
     return g * -(-n_in // g) * -(-n_out // g)
@@ -105,6 +141,14 @@ def low_rank_lgp_params(n_in: int, n_out: int, *, g: int, r: int, g_out: int | N
     """Return ``n_in s / g + s^2 + s n_out / g_out`` with ``s = min(n_in, n_out) / r``."""
     rank, g_out = inner_rank(n_in, n_out, r=r), g if g_out is None else g_out
     return block_params(n_in, rank, g=g) + rank * rank + block_params(rank, n_out, g=g_out)
+
+
+def _blocks_template(
+    n_in: int, n_out: int, g: int, family: str, build: Callable[[Array], Op]
+) -> Op:
+    _check_groups(family, n_in, n_out, g=g)
+    p, q = -(-n_in // g), -(-n_out // g)
+    return product(*pad(n_in, g * p), build(zeros(g, p, q)), *crop(g * q, n_out))
 
 
 def _take_blocks(w: Array, g: int, family: str, *, shuffled: bool) -> Fit:

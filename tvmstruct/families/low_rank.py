@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvmstruct.fit import Fit, Solver, as_stored, as_weight, relative_error, truncate
-from tvmstruct.ops import Array, Dense, Op
+from tvmstruct.ops import Array, Dense, Op, zeros
 
 
 def low_rank(p: Array, q: Array) -> Op:
@@ -21,6 +21,11 @@ def nearest_low_rank(w: Array, *, r: int, solver: Solver = truncate) -> Fit:
         )
     p, q = solver(target, r)
     return Fit(as_stored(low_rank(p, q), w), relative_error(p @ q, target), "low_rank", {"r": r})
+
+
+def low_rank_template(n_in: int, n_out: int, *, r: int) -> Op:
+    """Return a member of zeros: the shapes that training starts from."""
+    return low_rank(zeros(n_in, r), zeros(r, n_out))
 
 
 def low_rank_params(n_in: int, n_out: int, *, r: int) -> int:

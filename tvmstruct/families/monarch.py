@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tvmstruct.fit import Fit, Solver, as_stored, as_weight, relative_error, truncate
-from tvmstruct.ops import Array, BlockDiag, Op, Permute, crop, pad, product, swap
+from tvmstruct.ops import Array, BlockDiag, Op, Permute, crop, pad, product, swap, zeros
 
 
 def monarch(first: Array, second: Array) -> Op:
@@ -42,6 +42,14 @@ def nearest_monarch(w: Array, *, b: int, r: int | None = None, solver: Solver = 
     second = right.transpose(1, 0, 2, 3).reshape(b, b * r, s)
     op = product(*pad(n_in, b * p), monarch(first, second), *crop(s * b, n_out))
     return Fit(as_stored(op, w), relative_error(fitted, target), "monarch", {"b": b, "r": r})
+
+
+def monarch_template(n_in: int, n_out: int, *, b: int, r: int | None = None) -> Op:
+    """Return a member of zeros: the shapes that training starts from."""
+    r = pair_rank(n_in, n_out, b=b, r=r)
+    p, s = -(-n_in // b), -(-n_out // b)
+    core = monarch(zeros(b, p, b * r), zeros(b, b * r, s))
+    return product(*pad(n_in, b * p), core, *crop(s * b, n_out))
 
 
 def pair_rank(n_in: int, n_out: int, *, b: int, r: int | None = None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tvmstruct.fit import Fit, Solver, as_stored, as_weight, complete, relative_error, truncate
-from tvmstruct.ops import Array, BlockDiag, Op, SharedBlockDiag, crop, pad, product, swap
+from tvmstruct.ops import Array, BlockDiag, Op, SharedBlockDiag, crop, pad, product, swap, zeros
 
 
 def vvma(m: Array, v: Array, *, transposed: bool = False) -> Op:
@@ -78,6 +78,15 @@ def _balance(left: Array, right: Array) -> tuple[Array, Array]:
     usable = (size_left > 0) & (size_right > 0)
     ratio = np.sqrt(np.divide(size_left, size_right, out=np.ones_like(size_left), where=usable))
     return left / ratio, right * ratio
+
+
+def vvma_template(n_in: int, n_out: int, *, k: int, transposed: bool | None = None) -> Op:
+    """Return a member of zeros: the shapes that training starts from."""
+    check_block(n_in, n_out, k=k)
+    transposed = cheaper_form(n_in, n_out) if transposed is None else transposed
+    j, i = -(-n_in // k), -(-n_out // k)
+    core = vvma(zeros(k, k), zeros(i, j, k), transposed=transposed)
+    return product(*pad(n_in, j * k), core, *crop(i * k, n_out))
 
 
 def cheaper_form(n_in: int, n_out: int) -> bool:

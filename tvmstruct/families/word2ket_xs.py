@@ -14,7 +14,7 @@ import numpy as np
 
 from tvmstruct.families.kronecker import kronecker, kronecker_factors, kronecker_macs
 from tvmstruct.fit import Fit, as_stored, as_weight, relative_error
-from tvmstruct.ops import Array, Op, SharedBlockDiag, add, crop, pad, product, swap
+from tvmstruct.ops import Array, Op, SharedBlockDiag, add, crop, pad, product, swap, zeros
 from tvmstruct.polyadic import compose, decompose
 
 ARRAYS = 5  # of float64, as large as the uncropped table, that a fit holds at a time
@@ -101,6 +101,21 @@ def factor_sides(n_in: int, n_out: int, *, order: int, r: int) -> tuple[int, int
             f"want 2 <= order <= {MOST} and r >= 1"
         )
     return _root(n_in, order), _root(n_out, order)
+
+
+def word2ket_xs_template(
+    n_in: int, n_out: int, *, order: int, r: int, sweeps: int | None = None
+) -> Op:
+    """Return a member of zeros; ``sweeps`` is an option of fits and means nothing here."""
+    del sweeps
+    return word2ket_xs(zero_factors(n_in, n_out, order=order, r=r), n_in, n_out)
+
+
+def zero_factors(n_in: int, n_out: int, *, order: int, r: int) -> list[Array]:
+    """Return the ``order`` factors (r, t, q) of a table n_in x n_out, all zeros."""
+    t, q = factor_sides(n_in, n_out, order=order, r=r)
+    r = min(r, t * q) if order == 2 else r
+    return [zeros(r, t, q) for _ in range(order)]
 
 
 def word2ket_xs_params(
