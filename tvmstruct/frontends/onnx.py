@@ -26,7 +26,8 @@ from tvmstruct.frontends.analyse import (
     fold_at_probes,
 )
 from tvmstruct.frontends.einsum import einsum
-from tvmstruct.frontends.fold import Folded, fold, fold_static
+from tvmstruct.frontends.fold import Folded, fold
+from tvmstruct.frontends.fold_static import fold_static
 from tvmstruct.frontends.inputs import with_constants, with_shapes
 from tvmstruct.frontends.nodes import attribute, describe, text_attribute
 from tvmstruct.frontends.onnx_layers import emit_layer, take_layers
