@@ -127,14 +127,14 @@ class Machine:
         found = order(program, self.tokens)
         if strict:
             verify(program, image, base, self.config, level, state=self.state, found=found)
-        launch = _Launch(self, program, memory, level if strict else None)
+        launch = Launch(self, program, memory, level if strict else None)
         for index in found.sequence:
             launch.run(index)
         self.tokens = dict(found.left)
         return Run(image, launch.counters, found.sequence)
 
 
-class _Launch:
+class Launch:
     """One program on a machine, instruction by instruction."""
 
     def __init__(
@@ -167,7 +167,7 @@ class _Launch:
         """Copy rows into a scratchpad, zeros around them."""
         if i.memory is Memory.OUT:
             raise VtaRunError(
-                "load-memory", f"{described(index, i)}: nothing can be loaded into out", index
+                "memory", f"{described(index, i)}: nothing can be loaded into out", index
             )
         if i.is_nop:
             return
@@ -192,6 +192,8 @@ class _Launch:
 
     def store(self, index: int, i: Store, touched: Accesses) -> None:
         """Copy the low bits of accumulators to rows."""
+        if i.memory is not Memory.OUT and not i.is_nop:
+            raise VtaRunError("memory", f"{described(index, i)}: only out can be stored", index)
         if touched.dram is None:
             return
         rows = self.memory.rows(index, i, touched.dram)
