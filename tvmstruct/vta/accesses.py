@@ -13,7 +13,7 @@ import numpy as np
 
 from tvmstruct.errors import VtaRunError
 from tvmstruct.vta.config import Config, Memory
-from tvmstruct.vta.isa import Alu, Gemm, Instruction, Load, Store
+from tvmstruct.vta.isa import Alu, Gemm, Instruction, Load, Store, VectorGemm
 from tvmstruct.vta.queues import described
 
 ADDRESS_LIMIT = 1 << 32
@@ -147,7 +147,21 @@ def _loops(index: int, i: Gemm | Alu, uops: np.ndarray, config: Config) -> Acces
     if isinstance(i, Alu):
         return Accesses(used | {Memory.ACC: dst if i.use_imm else dst | src}, writes)
     wgt = _indices(index, i, words[:, 2], i.wgt_factor_out, i.wgt_factor_in, Memory.WGT, config)
+    if isinstance(i, VectorGemm):
+        src |= _vectors(index, i, config)
     return Accesses(used | {Memory.ACC: dst, Memory.INP: src, Memory.WGT: wgt}, writes)
+
+
+def _vectors(index: int, i: VectorGemm, config: Config) -> int:
+    """Return the vector tiles that an instruction reads."""
+    last = i.vec_base + i.vectors - 1
+    if last >= (depth := config.depth(Memory.INP)):
+        raise VtaRunError(
+            "sram-range",
+            f"{described(index, i)} reaches vector {last} in inp; there are {depth} tiles",
+            index,
+        )
+    return tile_range(i.vec_base, i.vectors)
 
 
 def _indices(

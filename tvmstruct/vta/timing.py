@@ -25,6 +25,7 @@ from tvmstruct.vta.instructions import (
     Load,
     Store,
     Transfer,
+    VectorGemm,
     unit_of,
 )
 
@@ -107,7 +108,7 @@ def _arithmetic(instruction: Gemm | Alu) -> int:
     count = tile_operations(instruction)
     if isinstance(instruction, Alu) and not instruction.use_imm:
         return 2 * count + PIPELINE  # one read port of the accumulators
-    return count + PIPELINE
+    return count + PIPELINE + SCALE_STAGE * isinstance(instruction, VectorGemm)
 
 
 def _bursts(transfer: Transfer, config: Config, dram: Dram) -> list[int]:
