@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from tvmstruct.errors import VtaRunError
-from tvmstruct.vta.accesses import Accesses, Rows, accesses_of, words_of
+from tvmstruct.vta.accesses import Accesses, accesses_of, words_of
 from tvmstruct.vta.config import DEFAULT, Config, Memory
 from tvmstruct.vta.dram import Dram, decode_words, unpack
 from tvmstruct.vta.isa import Instruction, Load, Store, decode_stream
@@ -109,8 +109,7 @@ class _Walk:
         self.program, self.memory, self.config, self.state = program, memory, config, state
         self.level = level
         self.touched = [Accesses()] * len(program)
-        self.stored: list[Rows] = []
-        self.span = range(0)  # of DRAM that was stored to
+        self.stored = Dram(np.zeros(len(memory.data), np.uint8), memory.base)  # 1: stored to
 
     def step(self, index: int) -> Iterator[Violation]:
         """Yield what an instruction breaks, and note what it does."""
@@ -138,7 +137,7 @@ class _Walk:
             return None
         rows = self.memory.rows(index, instruction, touched.dram)
         if isinstance(instruction, Store):
-            self._store(touched.dram)
+            self.stored.rows(index, instruction, touched.dram)[...] = 1
         return rows
 
     def _load_uops(
@@ -151,16 +150,7 @@ class _Walk:
             words = unpack(rows, Memory.UOP, self.config).reshape(-1)
             inside = block[i.y_pad_0 : i.y_pad_0 + i.y_size, i.x_pad_0 : i.x_pad_0 + i.x_size]
             inside[...] = decode_words(words, self.config).reshape(inside.shape)
-            if self._stored(touched.dram):
+            if self.stored.rows(index, i, touched.dram).any():
                 message = f"{described(index, i)}: this program stores to the micro-ops it loads"
                 yield Violation("uop-stored", (index,), message)
         self.state.uops[i.sram_base : i.sram_base + i.rows * i.row_tiles] = block.reshape(-1, 3)
-
-    def _store(self, rows: Rows) -> None:
-        self.stored.append(rows)
-        start = min(self.span.start, rows.start) if self.span else rows.start
-        self.span = range(start, max(self.span.stop, rows.end))
-
-    def _stored(self, rows: Rows) -> bool:
-        near = rows.start < self.span.stop and self.span.start < rows.end
-        return near and any(rows.overlaps(stored) for stored in self.stored)
