@@ -21,18 +21,18 @@ from tvmstruct.ops import Array
 
 R = relax.op
 Shape = tuple[int, ...]
-Take = Callable[[str, Array], tuple[str, Array]]  # a weight's name and matrix, as they are held
+Take = Callable[[str, Array], tuple[str, Array]]  # an array's name and itself, as they are held
 
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
     """``y[b, :, i] = bias + sum_j x[b, :, i stride + j] @ matrix[j]`` of padded x (b, c, l).
 
-    ``matrix`` is (k c, out), its rows ordered by place in the window, then channel; ``name`` is
-    that of its tensor.
+    ``matrix`` is (k c, out), its rows ordered by place in the window, then channel; ``names`` are
+    those of the tensors of matrix and bias.
     """
 
-    name: str
+    names: tuple[str, str]
     matrix: Array
     bias: Array | None
     taps: int
@@ -77,11 +77,9 @@ class Convolution:
         rows = self._windows(bb, emit(R.permute_dims(x, (0, 2, 1))), shape[2])
         batch, positions = shape[0], self.positions(shape[2])
         rows = emit(R.reshape(rows, (batch * positions, self.matrix.shape[0])))
-        tensor = tensors.get(self.name)
-        weight = relax.const(self.matrix) if tensor is None else relax.const(tensor)
-        y = emit(R.matmul(rows, weight))
+        y = emit(R.matmul(rows, relax.const(tensors.get(self.names[0], self.matrix))))
         if self.bias is not None:
-            y = emit(R.add(y, relax.const(self.bias)))
+            y = emit(R.add(y, relax.const(tensors.get(self.names[1], self.bias))))
         y = emit(R.reshape(y, (batch, positions, self.matrix.shape[1])))
         return emit(R.permute_dims(y, (0, 2, 1)))
 
@@ -136,5 +134,7 @@ def read_convolution(
         return None
     matrix = np.ascontiguousarray(weight.transpose(2, 1, 0).reshape(-1, weight.shape[0]))
     name, matrix = take(node.input[1], matrix)
-    bias = None if bias is None else np.ascontiguousarray(bias)
-    return Convolution(name, matrix, bias, taps, stride[0], (pads[0], pads[1]))
+    other = ""
+    if bias is not None:
+        other, bias = take(node.input[2], np.ascontiguousarray(bias))
+    return Convolution((name, other), matrix, bias, taps, stride[0], (pads[0], pads[1]))

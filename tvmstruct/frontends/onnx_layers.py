@@ -65,7 +65,7 @@ class _Taker:
             if node.op_type in KINDS:
                 self.layers[node.name] = self._shared(read_layer(node, self._array))
             elif node.op_type == "Conv":
-                if (found := read_convolution(node, self._array, self._matrix)) is not None:
+                if (found := read_convolution(node, self._array, self._kernel)) is not None:
                     self.layers[node.name] = found
             elif node.op_type == "If":
                 node = with_branches(node, self.changed)
@@ -80,8 +80,8 @@ class _Taker:
             return node
         return helper.make_node("Conv", node.input[:1], list(node.output), name=node.name)
 
-    def _matrix(self, name: str, matrix: Array) -> tuple[str, Array]:
-        return self._take(name, "kernel", "conv", matrix)
+    def _kernel(self, name: str, array: Array) -> tuple[str, Array]:
+        return self._take(name, "kernel", "conv", array)
 
     def _array(self, name: str) -> Array | None:
         if name in self.graph.tensors:
@@ -131,8 +131,8 @@ class _Taker:
         return "float32"
 
 
-def _as_it_is(name: str, matrix: Array) -> tuple[str, Array]:
-    return name, matrix
+def _as_it_is(name: str, array: Array) -> tuple[str, Array]:
+    return name, array
 
 
 def _with_arrays(layer: Recurrent, take: Callable[[str, Array], Array]) -> Recurrent:
