@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from tvm import relax
@@ -146,6 +147,8 @@ def _sums_up(factors: tuple[ops.Op, ...]) -> bool:
     """Return whether a product with sums has structure once it is written shorter."""
     if not any(isinstance(f, ops.Sum) for f in factors):
         return False
+    if any(a.n_out != b.n_in for a, b in pairwise(factors)):
+        return False  # axes are on their way between rows and features: no product yet
     nodes = _nodes(simplify(chain(factors[0].n_in, factors)))
     return any(
         isinstance(n, ops.BlockDiag | ops.SharedBlockDiag)

@@ -144,3 +144,9 @@ def test_magika():
     source = tvmstruct.from_onnx(str(packaged("magika", "model.onnx")))
     model = tvmstruct.compile(source, buckets="exact")
     assert not problems(model)
+
+
+def test_a_voice_detector():
+    path = packaged("silero-vad", "silero_vad_half.onnx")
+    source = tvmstruct.from_onnx(str(path), shapes={"input": (1, 576), "state": (2, 1, 128)})
+    assert not problems(tvmstruct.compile(source))

@@ -336,3 +336,16 @@ class TestTorch:
         with torch.no_grad():
             want = projection(x).numpy()
         np.testing.assert_allclose(model(x.numpy()), want, **BOUND)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_overlapping_windows_of_slices_do_not_stop_the_search(batch):
+    def body(emit, x):
+        x = emit(R.reshape(x, (batch, 5, 16)))
+        parts = [emit(R.strided_slice(x, [1], [i], [i + 4])) for i in (0, 1)]
+        rows = emit(R.reshape(emit(R.concat(parts, 2)), (batch * 4, 32)))
+        return R.matmul(rows, const(weights(32, 18)))
+
+    mod = module(body, (batch, 1, 80))
+    (x,) = random_inputs(mod)
+    np.testing.assert_allclose(tvmstruct.compile(mod)(x), models.run_module(mod, [x])[0], **BOUND)

@@ -9,6 +9,7 @@ from onnx import NodeProto
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.fold import Folded, fold, try_fold
 from tvmstruct.frontends.nodes import attribute
+from tvmstruct.frontends.onnx_recurrent import Layer
 from tvmstruct.frontends.source import Dim, Shape, TensorSpec, symbol_places
 from tvmstruct.frontends.validate import Graph
 
@@ -173,7 +174,8 @@ def _length_bounds(graph: Graph, folded: Folded) -> dict[str, int]:
     inputs = {s.name for s in graph.inputs}
     bounds: dict[str, int] = {}
     for node in folded.nodes:
-        if (layer := graph.layers.get(node.name)) is None:
+        layer = graph.layers.get(node.name)
+        if not isinstance(layer, Layer):
             continue
         x, root = node.input[0], node.input[1]
         while root in producers and producers[root].op_type in PASSES:

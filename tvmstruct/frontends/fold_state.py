@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.branches import branches, reads, rename
 from tvmstruct.frontends.nodes import describe
-from tvmstruct.frontends.onnx_recurrent import KINDS, infer_layer
+from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, infer_layer
 from tvmstruct.frontends.ranges import Range
 from tvmstruct.frontends.source import tensor_view
 from tvmstruct.frontends.validate import Graph
@@ -58,7 +59,8 @@ class Folder:
     def infer(self, node: NodeProto) -> None:
         """Find dtype and static shape of every output."""
         if (layer := self.graph.layers.get(node.name)) is not None:
-            found = infer_layer(node, layer, self.shapes, self.dtypes)
+            infer = partial(infer_layer, layer=layer) if isinstance(layer, Layer) else layer.infer
+            found = infer(node, shapes=self.shapes, dtypes=self.dtypes)
             for name, (shape, dtype) in found.items():
                 self.shapes[name], self.dtypes[name] = shape, dtype
             return

@@ -1,4 +1,7 @@
-"""Recurrent layers of an ONNX graph: their weights taken once, their nodes written in Relax."""
+"""Layers of an ONNX graph that TVM's importer lacks: weights taken once, nodes written in Relax.
+
+These are recurrent layers and convolutions along one axis.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import tvm
-from onnx import NodeProto
+from onnx import NodeProto, helper
 from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.frontends.branches import reads, walk, with_branches
+from tvmstruct.frontends.onnx_convolution import Convolution, read_convolution
 from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, own_node, read_layer
 from tvmstruct.frontends.recurrent import emit_recurrent
 from tvmstruct.frontends.source import new_tensor, tensor_view
@@ -23,13 +27,11 @@ R = relax.op
 
 
 def take_layers(graph: Graph) -> Graph:
-    """Return the graph with ``layers``: its recurrent nodes read only what is computed.
+    """Return the graph with ``layers``, whose nodes read only what is computed.
 
     The tensors hold each weight once, in the layout that the layers have, under its own name;
     where another node reads it too, the layer's has ``.gates`` after it.
     """
-    if not any(KINDS.keys() & {n.op_type for n in walk(graph.nodes)}):
-        return graph
     taker = _Taker(graph)
     nodes = tuple(taker.changed(graph.nodes))
     used = {name for node in nodes for name in reads(node)} | {s.name for s in graph.outputs}
@@ -50,23 +52,36 @@ class _Taker:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.others = {s.name for s in graph.outputs}
-        self.others |= {i for n in walk(graph.nodes) if n.op_type not in KINDS for i in n.input}
-        self.layers: dict[str, Layer] = {}
+        self.others |= {i for n in walk(graph.nodes) for i in self._computed(n).input}
+        self.layers: dict[str, Layer | Convolution] = {}
         self.tensors: dict[str, tvm.runtime.Tensor] = {}
         self.stored: dict[str, str] = {}
         self.arrays: dict[tuple[object, ...], tuple[str, Array]] = {}
 
     def changed(self, nodes: Iterable[NodeProto]) -> list[NodeProto]:
-        """Return nodes without the weights of recurrent ones, whose layers are kept."""
+        """Return nodes without the weights of those whose layers are kept."""
         result = []
         for node in nodes:
             if node.op_type in KINDS:
                 self.layers[node.name] = self._shared(read_layer(node, self._array))
-                node = own_node(node)
+            elif node.op_type == "Conv":
+                if (found := read_convolution(node, self._array, self._kernel)) is not None:
+                    self.layers[node.name] = found
             elif node.op_type == "If":
                 node = with_branches(node, self.changed)
-            result.append(node)
+            result.append(self._computed(node))
         return result
+
+    def _computed(self, node: NodeProto) -> NodeProto:
+        """Return a node without what its layer, if it is one, has of it."""
+        if node.op_type in KINDS:
+            return own_node(node)
+        if node.op_type != "Conv" or not read_convolution(node, self._array, _as_it_is):
+            return node
+        return helper.make_node("Conv", node.input[:1], list(node.output), name=node.name)
+
+    def _kernel(self, name: str, array: Array) -> tuple[str, Array]:
+        return self._take(name, "kernel", "conv", array)
 
     def _array(self, name: str) -> Array | None:
         if name in self.graph.tensors:
@@ -116,6 +131,10 @@ class _Taker:
         return "float32"
 
 
+def _as_it_is(name: str, array: Array) -> tuple[str, Array]:
+    return name, array
+
+
 def _with_arrays(layer: Recurrent, take: Callable[[str, Array], Array]) -> Recurrent:
     """Return a dense layer whose arrays went through ``take(part, array)``."""
 
@@ -136,14 +155,18 @@ def _with_arrays(layer: Recurrent, take: Callable[[str, Array], Array]) -> Recur
 
 def emit_layer(
     bb: relax.BlockBuilder,
-    layer: Layer,
+    layer: Layer | Convolution,
     tensors: Mapping[str, tvm.runtime.Tensor],
     inputs: Sequence[relax.Expr | None],
-) -> relax.Tuple:
-    """Return Y, Y_h and Y_c of X, sequence_lens, initial_h and initial_c, as ONNX shapes them.
+) -> relax.Expr:
+    """Return the output of a convolution; of a recurrent layer Y, Y_h and Y_c as ONNX shapes them.
+
+    Its inputs are X, sequence_lens, initial_h and initial_c.
 
     Lengths are bounded by 0 and the number of steps, whatever the request holds.
     """
+    if isinstance(layer, Convolution):
+        return layer.emit(bb, tensors, inputs)
     x, lengths, *states = [*inputs, None, None][:4]
     assert x is not None
     dtype, swap = compat.dtype_of(x), layer.batch_first

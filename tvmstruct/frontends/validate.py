@@ -22,6 +22,7 @@ from tvmstruct.frontends.onnx_quantized_lstm import dequantize_layers, is_quanti
 from tvmstruct.frontends.source import TensorSpec, new_tensor
 
 if TYPE_CHECKING:
+    from tvmstruct.frontends.onnx_convolution import Convolution
     from tvmstruct.frontends.onnx_recurrent import Layer
 
 MIN_OPSET, MAX_OPSET = 9, 21
@@ -48,7 +49,7 @@ class Graph:
     opset: int
     stored_dtypes: dict[str, str]
     name: str
-    layers: dict[str, Layer] = field(default_factory=dict)  # of recurrent nodes, by node name
+    layers: dict[str, Layer | Convolution] = field(default_factory=dict)  # by name of their node
 
 
 def read_model(model: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | None]:
