@@ -30,7 +30,7 @@ from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
 from tvmstruct.schedules.compute.low_precision import pair_vectors
-from tvmstruct.schedules.compute.recurrence import hidden_parts, pack_units, pad_units
+from tvmstruct.schedules.compute.recurrence import Layout, hidden_parts, pack_units
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
@@ -205,30 +205,37 @@ class EmitKernels:
 
     @_kernel.register
     def _(self, node: RecurrentCells, args, shape):
-        states = node.lengths + 1 + (node.cells[0].kind == "lstm")
+        states = node.states
         given, programs = list(args[:states]), []
         for k, layer in enumerate(node.hidden):
             given.append(args[states + k])
-            made = [self._hidden(node, layer, *part) for part in hidden_parts(node.cells[k])]
+            groups = node.static.sides[k].groups or 1
+            layout = Layout(groups, node.h // groups, self.kernels.lanes)
+            made = [self._hidden(layer, part, layout) for part in hidden_parts(node.cells[k])]
             programs.append(tuple(program for program, _ in made))
             given += [relax.const(tensor) for _, tensors in made for tensor in tensors]
             for name, vector in (("bias", layer.bias), ("peepholes", node.peepholes[k])):
                 if vector is not None:
-                    padded = pad_units(vector.reshape(-1, node.h), self.kernels.lanes).reshape(-1)
+                    padded = layout.pad(vector.reshape(-1, node.h)).reshape(-1)
                     given.append(relax.const(self.store.small(name, padded)))
         return self.kernels.recurrence(node.static, tuple(programs)), given
 
-    def _hidden(self, node: RecurrentCells, layer: Layer, first: int, gates: int):
-        """Return the program of some gates' hidden products, None where dense, and its weights."""
-        h, lanes, op = node.h, self.kernels.lanes, layer.op
+    def _hidden(self, layer: Layer, part: tuple[int, int], layout: Layout):
+        """Return the program of some gates' hidden products, None for blocks, and its weights."""
+        (first, gates), op, groups = part, layer.op, layout.groups
         some = f"{layer.key}#gates{first}+{gates}"
-        if isinstance(op, ops.Dense):
-            width, w = self.kernels.unit_width, op.w[:, first * h : (first + gates) * h]
-            key = f"{some}#units{width}x{lanes}"
-            return None, [self.store.tensor(key, lambda: pack_units(w, gates, lanes, width))]
-        if gates * h < op.n_out:
-            op = ops.product(op, ops.Slice(op.n_out, (first + gates) * h, first * h))
-        program = self.store.program(some, op, lanes, paired=False)
+        if groups > 1 or isinstance(op, ops.Dense):
+            (w,) = op.arrays()
+            apart = w.reshape(groups, layout.each, -1, layout.each)[:, :, first : first + gates]
+            blocks = apart.reshape(groups, layout.each, -1)
+            width = self.kernels.unit_width
+            key = f"{some}#units{width}x{layout.lanes}"
+            pack = lambda: pack_units(blocks, gates, layout, width)  # noqa: E731
+            return None, [self.store.tensor(key, pack)]
+        if part != (0, op.n_out // layout.each):
+            stop = (first + gates) * layout.each
+            op = ops.product(op, ops.Slice(op.n_out, stop, first * layout.each))
+        program = self.store.program(some, op, layout.lanes, paired=False)
         return program, [
             self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
             for i in range(len(program.weights))

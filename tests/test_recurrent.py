@@ -1,5 +1,7 @@
 """Recurrent layers in numpy against PyTorch, and as compiled modules."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tvm import relax
 import tvmstruct
 from tvmstruct import ops
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
+from tvmstruct.families import lgp_shuffle
 from tvmstruct.frontends.recurrent import Recurrence, emit_recurrent
 from tvmstruct.op_text import from_json, to_json
 from tvmstruct.recurrent import Activation, Cell, Recurrent
@@ -126,6 +129,46 @@ def test_a_plan_reaches_hidden_matrices_and_structure_in_them_is_found():
     record = next(r for r in planned.report().layers if r.name == name)
     assert record.form == "lgp_shuffle"
     assert record.params == 16 * n // 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "groups"),
+    [
+        (Cell("lstm"), 5),
+        (Cell("lstm", clip=0.5), 4),  # 4 does not divide the 5 units of a group
+        (Cell("gru"), 2),
+        (Cell("gru", reset_after=False), 5),
+    ],
+    ids=lambda v: str(v) if isinstance(v, int) else v.kind,
+)
+def test_units_in_the_order_of_groups(cell, groups):
+    """Two directions, one of which is in groups, with all that has to follow their order."""
+    rng, h, n = np.random.default_rng(groups), 20, cell.gates * 20
+    blocks = rng.normal(size=(groups, h // groups, n // groups)) / 2
+    made = [
+        Recurrent(
+            replace(cell, reverse=reverse),
+            ops.Dense(rng.normal(size=(N_IN, n))),
+            lgp_shuffle(blocks) if reverse else ops.Dense(rng.normal(size=(h, n)) / 4),
+            rng.normal(size=n),
+            rng.normal(size=n),
+            rng.normal(size=(3, h)) if cell.kind == "lstm" else None,
+        )
+        for reverse in (False, True)
+    ]
+    made = [
+        replace(la, input=ops.cast(la.input, "f4"), hidden=ops.cast(la.hidden, "f4")) for la in made
+    ]
+    model = tvmstruct.compile(module(made, lengths=True))
+    x = rng.normal(size=(STEPS, BATCH, N_IN)).astype(np.float32)
+    lengths = np.array([STEPS, 2, 5], np.int32)
+    want = [layer.apply(x.astype(float), lengths=lengths) for layer in made]
+    y, *last = model(x, lengths)
+    np.testing.assert_allclose(
+        y, np.concatenate([w[0] for w in want], -1), **tolerance("float32", h)
+    )
+    for k, state in enumerate(last, 1):
+        np.testing.assert_allclose(state, np.stack([w[k] for w in want]), **tolerance("float32", h))
 
 
 def test_operators_survive_json():

@@ -16,6 +16,7 @@ import typer
 from tvmstruct.errors import InputError, PlanError, TvmstructError
 from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
+from tvmstruct.vta.command import vta
 
 if TYPE_CHECKING:
     from tvmstruct.energy_report import EnergyReport
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(vta, name="vta")
 
 BUILT_IN = "or a built-in model such as 'random:bert?layers=2' (see tvmstruct models)"
 
@@ -670,10 +672,12 @@ def _typical(model: ModelArgument, compiled: Any, shapes: Shapes) -> dict[str, A
     optional = {*compiled.default_ones, *compiled.default_zeros}
     wanted = {name: shape for name, shape in shapes.items() if name not in optional}
     arrays = _random_arrays(compiled.inputs, wanted)
-    return {
-        n: a % compiled.token_inputs.get(n, 100) if a.dtype.kind in "iu" else a
-        for n, a in arrays.items()
-    }
+    for name, array in arrays.items():
+        if array.dtype.kind in "iu":
+            array %= compiled.token_inputs.get(name, 100)
+    for name, steps in compiled.longest(shapes).items():
+        arrays[name][...] = steps
+    return arrays
 
 
 def _summary(name: str, array: Any) -> dict[str, Any]:

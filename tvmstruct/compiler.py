@@ -81,6 +81,7 @@ def compile(
         compiler=compiler,
         threads=threads,
         token_inputs=dict(source.token_inputs),
+        length_inputs=dict(source.length_inputs),
         default_ones=source.default_ones,
         default_zeros=source.default_zeros,
     )

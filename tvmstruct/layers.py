@@ -40,6 +40,7 @@ class Layer:
     norm: float | None = None  # epsilon of a layer normalisation at the end
     parts: tuple[Layer, ...] = ()  # the layers that a merged one stands for
     precision: str = "f32"
+    variant: str = ""  # what was done to the source's operator, apart from its form
 
     @property
     def n_out(self) -> int:
@@ -49,7 +50,7 @@ class Layer:
     @property
     def key(self) -> str:
         """What tells this weight from every other of the model, stable over buckets."""
-        return "+".join(self.names) + ("^T" if self.transposed else "")
+        return "+".join(self.names) + ("^T" if self.transposed else "") + self.variant
 
     @property
     def epilogue(self) -> Epilogue:
@@ -164,7 +165,8 @@ class RecurrentCells:
 
     ``hidden`` are the hidden matrices of one or two directions, whose bias is that of the hidden
     products; arguments and results are those of `frontends.recurrent.Recurrence`, the arrays of
-    hidden operators, biases and peepholes apart.
+    hidden operators, biases and peepholes apart. Inside, the units of a direction whose number in
+    ``orders`` is g > 1 lie group after group: unit i * g + k of the source in place k * h / g + i.
     """
 
     cells: tuple[Cell, ...]
@@ -173,6 +175,7 @@ class RecurrentCells:
     steps: int
     batch: int
     lengths: bool
+    orders: tuple[int, ...] = ()
 
     @property
     def h(self) -> int:
@@ -180,11 +183,22 @@ class RecurrentCells:
         return self.hidden[0].op.n_in
 
     @property
+    def states(self) -> int:
+        """Number of arguments before those of the directions."""
+        return self.lengths + 1 + (self.cells[0].kind == "lstm")
+
+    @property
     def static(self) -> Recurrence:
         """What the kernel depends on, apart from the forms of the hidden matrices."""
         sides = tuple(
-            Side(cell, layer.bias is not None, holes is not None)
-            for cell, layer, holes in zip(self.cells, self.hidden, self.peepholes, strict=True)
+            Side(cell, layer.bias is not None, holes is not None, order)
+            for cell, layer, holes, order in zip(
+                self.cells,
+                self.hidden,
+                self.peepholes,
+                self.orders or [0] * len(self.cells),
+                strict=True,
+            )
         )
         return Recurrence(sides, self.h, self.batch, self.lengths)
 

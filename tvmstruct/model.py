@@ -143,6 +143,7 @@ class CompiledModel:
         compiler: Compiler | None,
         threads: int | None = None,
         token_inputs: Mapping[str, int] | None = None,
+        length_inputs: Mapping[str, int | str] | None = None,
         default_ones: Sequence[str] = (),
         default_zeros: Sequence[str] = (),
         records: Sequence[LayerRecord] = (),
@@ -152,6 +153,7 @@ class CompiledModel:
         self.compiler, self.saved = compiler, saved
         self.threads = _checked_threads(threads)
         self.token_inputs = dict(token_inputs or {})
+        self.length_inputs = dict(length_inputs or {})
         self.default_ones, self.default_zeros = tuple(default_ones), tuple(default_zeros)
         self._foreign = not spec.features <= host_features()
         self._dtypes = [np.dtype(s.dtype) for s in inputs]
@@ -172,6 +174,11 @@ class CompiledModel:
             (i, s.name, self.token_inputs[s.name])
             for i, s in enumerate(inputs)
             if s.name in self.token_inputs
+        ]
+        self._lengths = [
+            (i, s.name, _place(inputs, self.length_inputs[s.name]))
+            for i, s in enumerate(inputs)
+            if s.name in self.length_inputs
         ]
 
     def __call__(self, *arrays: Any, **named: Any) -> Any:
@@ -202,7 +209,7 @@ class CompiledModel:
         if self._foreign:
             check_runs_here(self.spec)
         key = tuple([a.shape for a in arrays])
-        self._check_tokens(arrays)
+        self._check_values(arrays)
         bucket = self.buckets.get(key)
         if bucket is None:
             return self._run_new(key, arrays)
@@ -211,14 +218,17 @@ class CompiledModel:
         except KeyError:  # another thread's new bucket has just pushed it out
             pass
         outputs = bucket.run(arrays)
-        if len(outputs) == 1 and not self._checks and self.threads is None:
+        if len(outputs) == 1 and not (self._checks or self._lengths) and self.threads is None:
             seen, tensors = bucket.last  # the same arrays again need no checks at all
             self._again = (seen, key, tensors, bucket) if seen else None
         return outputs
 
-    def _check_tokens(self, arrays: Sequence[np.ndarray]) -> None:
+    def _check_values(self, arrays: Sequence[np.ndarray]) -> None:
         for i, name, rows in self._checks:
             _check_ids(name, arrays[i], rows)
+        for i, name, steps in self._lengths:
+            most = steps if isinstance(steps, int) else arrays[steps[0]].shape[steps[1]]
+            _check_lengths(name, arrays[i], most)
 
     def _run_new(self, key: Key, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Serve a shape that is not compiled exactly: pad to a bucket, or compile."""
@@ -228,6 +238,15 @@ class CompiledModel:
             return self._bucket(sizes).run(arrays)
         padded = self.padder.pad(arrays, bucket_sizes)
         return self.padder.unpad(self._bucket(bucket_sizes).run(padded), sizes)
+
+    def longest(self, shapes: Shapes) -> dict[str, int]:
+        """Return the most steps that each input of lengths may name at these input shapes."""
+        most = [(n, place) for _, n, place in self._lengths]
+        names = [spec.name for spec in self.inputs]
+        return {
+            n: place if isinstance(place, int) else shapes[names[place[0]]][place[1]]
+            for n, place in most
+        }
 
     def compile_bucket(self, shapes: Shapes, *, background: bool = False) -> None:
         """Compile for these input shapes now, or in the background."""
@@ -313,7 +332,7 @@ class CompiledModel:
         threads = _checked_threads(threads) or self.threads or self.spec.threads
         check_runs_here(self.spec)
         arrays = self._bind((), inputs)
-        self._check_tokens(arrays)
+        self._check_values(arrays)
         names = [spec.name for spec in self.inputs]
         shapes = (array.shape for array in arrays)
         bucket = self._bucket(self._sizes(dict(zip(names, shapes, strict=True))))
@@ -463,6 +482,23 @@ def _check_ids(name: str, ids: np.ndarray, rows: int) -> None:
         raise InputError(
             f"input {name!r}{bad.tolist()} is {ids[tuple(bad)]}; ids must be 0 to {rows - 1}: "
             "is the tokenizer that of this model?"
+        )
+
+
+def _place(inputs: Sequence[TensorSpec], dim: int | str) -> int | tuple[int, int]:
+    """Return a size, or input and axis where a symbol stands."""
+    if isinstance(dim, int):
+        return dim
+    return next((i, s.shape.index(dim)) for i, s in enumerate(inputs) if dim in s.shape)
+
+
+def _check_lengths(name: str, lengths: np.ndarray, steps: int) -> None:
+    """Raise where a length is negative or more than there are steps."""
+    if lengths.size and (lengths.min() < 0 or lengths.max() > steps):
+        bad = np.argwhere((lengths < 0) | (lengths > steps))[0]
+        raise InputError(
+            f"input {name!r}{bad.tolist()} is {lengths[tuple(bad)]}; lengths must be 0 to {steps}, "
+            "the number of steps of this request"
         )
 
 

@@ -88,6 +88,9 @@ class Padder:
             return mask.astype(spec.dtype)
         if np.dtype(spec.dtype).kind == "f":
             return rng.standard_normal(shape).astype(spec.dtype)
+        if (steps := self.model.length_inputs.get(spec.name)) is not None:
+            most = sizes[steps] if isinstance(steps, str) else steps
+            return rng.integers(1, most + 1, shape).astype(spec.dtype)
         top = self.model.token_inputs.get(spec.name, 2)
         return rng.integers(0, top, shape).astype(spec.dtype)
 

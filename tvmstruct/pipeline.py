@@ -28,6 +28,7 @@ from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
+from tvmstruct.passes.order_units import OrderUnits
 from tvmstruct.passes.plan_embedding import PlanEmbedding
 from tvmstruct.passes.project_attention import ProjectAttention
 from tvmstruct.passes.recognize_kronecker import RecognizeKronecker
@@ -137,6 +138,7 @@ def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iter
         yield FuseAttention(table)  # before epilogues, which would take masks for residuals
     for _ in range(STEPS):
         yield FuseEpilogue(table)
+    yield OrderUnits(table)
     yield RecognizeLayerNorm()
     for _ in range(LAYOUTS):
         yield SimplifyLayout()

@@ -20,8 +20,9 @@ from tvmstruct.fit import Fit, sketch
 from tvmstruct.ops import Array
 
 UNIT_ROUNDOFF = {"float64": 2**-53, "float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
+UNIT_ROUNDOFF |= {"int8": 2**-8, "uint8": 2**-8, "int16": 2**-16, "uint16": 2**-16}
 LINE_ERROR = 1e-3  # relative error of a single row or column that still counts as rounding
-REPLACEABLE = ("float64", "float32")  # rounding to 16 bits hides what was exact
+REPLACEABLE = ("float64", "float32")  # rounding to fewer bits hides what was exact
 PADDED_SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
 LEAST_SIDE = 16
 WORTH_IT = 0.8  # of the dense multiply-adds
@@ -92,7 +93,7 @@ def recover(w: Array, *, stored_dtype: str = "float32") -> Recovery:
     """Return the cheapest form that ``w`` (n_in, n_out) exactly has, or why there is none.
 
     Fewest multiply-adds wins, ties go by the order of ``FAMILIES``.  Weights stored in 16
-    bits are never replaced; what they look like is reported.
+    or 8 bits are never replaced; what they look like is reported.
     """
     if stored_dtype not in UNIT_ROUNDOFF:
         raise ValueError(

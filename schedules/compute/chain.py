@@ -8,7 +8,7 @@ tensorises; everything else is loops over whole vectors (``row_steps.py``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from tvm import tirx
@@ -19,6 +19,7 @@ from tvmstruct.schedules.compute.dense import Epilogue, Segment, depth_step, row
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.compute.row_steps import Rows, RowSteps, Scratch
+from tvmstruct.schedules.compute.team import alone, barrier
 from tvmstruct.stages import MatMul, Program, Stage, X, Y, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
@@ -33,7 +34,8 @@ class RowNest:
     """How rows are cut: ``block`` of them pass all stages together, ``heights`` fit in registers.
 
     The threads, of which there are ``workers``, share the blocks ("rows"), the tiles of each stage
-    of over ``shared_macs`` ("stages") or nothing ("none"). A tile has at most ``sums`` vectors.
+    of over ``shared_macs`` ("stages"), as a team those of every stage ("team"), or nothing
+    ("none"). A tile has at most ``sums`` vectors.
     """
 
     heights: tuple[int, ...]
@@ -188,6 +190,9 @@ class _Block:
         """Emit one stage."""
         if isinstance(stage, MatMul):
             self._multiply(stage)
+        elif self.kernel.nest.threads == "team":
+            with alone():
+                self._steps.emit(stage)
         else:
             self._steps.emit(stage)
 
@@ -211,6 +216,8 @@ class _Block:
         One row waits for its weights as long as two rows take to multiply.
         """
         nest = self.kernel.nest
+        if nest.threads == "team":
+            return True
         return nest.threads == "stages" and macs * max(2, self.height) > nest.shared_macs
 
     def shards(self, a: Stage, b: Stage) -> int:
@@ -225,7 +232,7 @@ class _Block:
 
     def emit_shards(self, a: MatMul, b: MatMul, shards: int) -> None:
         """Emit two products such that a thread reads in the second what it wrote in the first."""
-        with loops(shards, kind=T.parallel) as (t,):
+        with self._wait(), loops(shards, kind=T.parallel) as (t,):
             with block("shard", [(shards, t)]) as (shard,):
                 self.kernel.touch(self)
                 self._multiply(a, ("column", shard, shards))
@@ -338,7 +345,12 @@ class _Block:
         turns, columns = extents["group"] * extents["column"], extents["column"]
         real = {"turn": turns, "chunk": extents["chunk"], "row": extents["row"]}
         real = {name: extent for name, extent in real.items() if extent > 1}
-        with loops(*real.values(), kind=T.parallel if shared and turns > 1 else None) as variables:
+        with ExitStack() as stack:
+            team = part is None and self.kernel.nest.threads == "team"
+            if team:
+                stack.enter_context(barrier() if turns > 1 else alone())
+            kind = T.parallel if shared and turns > 1 else None
+            variables = stack.enter_context(loops(*real.values(), kind=kind))
             found = dict(zip(real, variables, strict=True))
             turn = found.pop("turn", i64(0))
             found |= {"group": turn // columns, "column": turn % columns}
@@ -351,6 +363,10 @@ class _Block:
                 if part is not None:
                     at[part[0]] = at[part[0]] + part[1] * extents[part[0]]
                 yield at
+
+    def _wait(self):
+        """Return the end of a loop that threads share: in a team they wait there."""
+        return barrier() if self.kernel.nest.threads == "team" else nullcontext()
 
     def _declare(self, tile: Tile, buffers: tuple, starts: tuple) -> None:
         """State what a product block touches, name its tile, and emit it."""

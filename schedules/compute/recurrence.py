@@ -17,15 +17,21 @@ from tvm.script.ir_builder import tirx as T
 from tvmstruct.recurrent import Activation, Cell
 
 Emit = Callable[[Expr], Expr]
+LEAST = 4  # lanes of a vector
 
 
 @dataclass(frozen=True)
 class Side:
-    """One direction: its cell, and which vectors it has beside its matrices."""
+    """One direction: its cell, and which vectors it has beside its matrices.
+
+    Where ``groups`` is g > 1 unit k * h / g + i of the kernel is unit i * g + k of its state
+    arguments and results.
+    """
 
     cell: Cell
     hidden_bias: bool
     peepholes: bool
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,25 +57,83 @@ def hidden_parts(cell: Cell) -> tuple[tuple[int, int], ...]:
     return ((0, 2), (2, 1)) if cell.split_reset else ((0, cell.gates),)
 
 
-def unit_blocks(h: int, lanes: int, width: int) -> list[tuple[int, int]]:
-    """Cut ``h`` units into blocks of ``width`` vectors and a last one: (first vector, vectors)."""
-    vectors = -(-h // lanes)
-    return [(v, min(width, vectors - v)) for v in range(0, vectors, width)]
+@dataclass(frozen=True)
+class Layout:
+    """Where the state lies: ``groups`` of ``each`` units, every group in whole vectors.
+
+    Unit i of group k is feature ``i * groups + k`` outside: with one group the natural order.
+    """
+
+    groups: int
+    each: int
+    lanes: int
+
+    @property
+    def vectors(self) -> list[tuple[int, int]]:
+        """First unit and lanes of the vectors of a group: whole ones, then 8 and 4."""
+        found, first = [], 0
+        for size in (n for n in (16, 8, 4) if n <= self.lanes):
+            while -(-self.each // LEAST) * LEAST - first >= size:
+                found.append((first, size))
+                first += size
+        return found
+
+    @property
+    def padded(self) -> int:
+        """Units of a group with those that fill its last vector."""
+        return sum(lanes for _, lanes in self.vectors)
+
+    @property
+    def size(self) -> int:
+        """Length of a row of the state."""
+        return self.groups * self.padded
+
+    def blocks(self, width: int) -> list[tuple[int, int, int]]:
+        """Cut a group into blocks of up to ``width`` equal vectors: (first unit, lanes, vectors).
+
+        All blocks but the last few are alike.
+        """
+        found: list[tuple[int, int, int]] = []
+        for first, lanes in self.vectors:
+            if found and found[-1][1] == lanes and found[-1][2] < width:
+                found[-1] = (*found[-1][:2], found[-1][2] + 1)
+            else:
+                found.append((first, lanes, 1))
+        return found
+
+    def pad(self, array: np.ndarray) -> np.ndarray:
+        """Return (..., groups * each), group after group, as float32 with each group padded."""
+        apart = array.reshape(*array.shape[:-1], self.groups, self.each)
+        widths = [(0, 0)] * (apart.ndim - 1) + [(0, self.padded - self.each)]
+        return np.ascontiguousarray(np.pad(apart, widths), np.float32)
 
 
-def pack_units(w: np.ndarray, gates: int, lanes: int, width: int) -> np.ndarray:
-    """Return w (k, gates * h) as ``[block][k][gate][vector][lanes]`` in one dimension."""
-    k, h = w.shape[0], w.shape[1] // gates
-    padded = pad_units(w.reshape(k, gates, h), lanes).reshape(k, gates, -1, lanes)
-    blocks = (padded[:, :, v : v + n].reshape(-1) for v, n in unit_blocks(h, lanes, width))
-    return np.concatenate(list(blocks)).astype(np.float32)
+def pack_units(w: np.ndarray, gates: int, layout: Layout, width: int) -> np.ndarray:
+    """Return w (groups, k, gates * each) as ``[group][block][k][gate][vector][lanes]``, flat."""
+    groups, k, _ = w.shape
+    apart = w.reshape(groups, k, gates, layout.each)
+    widths = [(0, 0)] * 3 + [(0, layout.padded - layout.each)]
+    padded = np.pad(apart, widths)
+    blocks = (
+        padded[..., first : first + lanes * count].reshape(groups, -1)
+        for first, lanes, count in layout.blocks(width)
+    )
+    return np.concatenate(list(blocks), axis=1).reshape(-1).astype(np.float32)
 
 
-def pad_units(array: np.ndarray, lanes: int) -> np.ndarray:
-    """Return (..., h) as float32 with zeros up to whole vectors of units."""
-    missing = -array.shape[-1] % lanes
-    widths = [(0, 0)] * (array.ndim - 1) + [(0, missing)]
-    return np.ascontiguousarray(np.pad(array, widths), np.float32)
+@dataclass(frozen=True)
+class Units:
+    """``count`` units in a vector of ``lanes``: their places in a row of state, and of z.
+
+    Outside they are features ``natural + i * stride``.
+    """
+
+    place: Expr
+    column: Expr
+    lanes: int
+    count: int
+    natural: Expr
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -131,8 +195,8 @@ _ACTIVATIONS: dict[str, Callable[..., Expr]] = {
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Where a step finds what a vector of units reads beside the sums of its gates."""
+class Reads:
+    """What a vector of units reads in a step beside the sums of its gates."""
 
     z: Callable[[int], Expr]  # of a gate
     h: Callable[[], Expr]
@@ -141,7 +205,7 @@ class Unit:
     peephole: Callable[[int], Expr] | None
 
 
-def lstm_step(cell: Cell, v: Vectors, at: Unit, u: Sequence[Expr]) -> tuple[Expr, Expr]:
+def lstm_step(cell: Cell, v: Vectors, at: Reads, u: Sequence[Expr]) -> tuple[Expr, Expr]:
     """Return the new h and c of sums ``u`` of gates i, f, g, o."""
     act, c = cell.activations, v.keep(at.c())
 
@@ -161,7 +225,7 @@ def lstm_step(cell: Cell, v: Vectors, at: Unit, u: Sequence[Expr]) -> tuple[Expr
     return v.keep(o * v.activate(act[2], new)), new
 
 
-def gate_step(cell: Cell, v: Vectors, at: Unit, gate: int, u: Expr) -> Expr:
+def gate_step(cell: Cell, v: Vectors, at: Reads, gate: int, u: Expr) -> Expr:
     """Return the activated gate r or z of a GRU."""
     value = at.z(gate) + u
     if at.bias is not None:
@@ -169,13 +233,13 @@ def gate_step(cell: Cell, v: Vectors, at: Unit, gate: int, u: Expr) -> Expr:
     return v.activate(cell.activations[0], v.keep(value), cell.clip)
 
 
-def gru_step(cell: Cell, v: Vectors, at: Unit, z: Expr, inner: Expr) -> Expr:
+def gru_step(cell: Cell, v: Vectors, at: Reads, z: Expr, inner: Expr) -> Expr:
     """Return the new h of the gate z and ``inner``, what meets the input in the candidate."""
     n = v.activate(cell.activations[1], v.keep(at.z(2) + inner), cell.clip)
     return v.keep(n + z * (at.h() - n))
 
 
-def rnn_step(cell: Cell, v: Vectors, at: Unit, u: Expr) -> Expr:
+def rnn_step(cell: Cell, v: Vectors, at: Reads, u: Expr) -> Expr:
     """Return the new h."""
     value = at.z(0) + u
     if at.bias is not None:

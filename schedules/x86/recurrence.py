@@ -10,8 +10,9 @@ else threads share the units or the stages of each step, where a step is long en
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -23,11 +24,14 @@ from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, 
 from tvmstruct.schedules.compute import recurrence as compute
 from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.compute.recurrence import (
+    Layout,
+    Reads,
     Recurrence,
-    Unit,
+    Units,
     Vectors,
     hidden_parts,
 )
+from tvmstruct.schedules.compute.team import team
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
@@ -35,7 +39,7 @@ from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
 from tvmstruct.schedules.x86.recurrent_product import (
     WIDTH,
-    DenseProduct,
+    BlockProduct,
     Product,
     Shape,
     StructuredProduct,
@@ -47,21 +51,28 @@ from tvmstruct.targets import Isa
 __all__ = ["WIDTH", "recurrence"]
 
 STEPS = 16  # of a sequence at least, where nothing else is known
+PHASE_MACS = 16 << 10  # of one row that take as long as threads wait for each other
 
 
 def recurrence(
     isa: Isa, r: Recurrence, programs: Sequence[Sequence[Program | None]], threads: int
 ) -> Kernel:
-    """Return the kernel of `Recurrence` with the hidden matrices' programs, None for dense ones.
+    """Return the kernel of `Recurrence` with the hidden matrices' programs.
 
-    Arguments are [lengths], h, [c], then of each side z, weights, [bias], [peepholes], last y, the
-    new h and [c]. A side whose reset gate comes first has two programs.
+    None stands for a dense matrix, or for one dense block for each group of units. Arguments are
+    [lengths], h, [c], then of each side z, weights, [bias], [peepholes], last y, the new h and
+    [c]. A side whose reset gate comes first has two programs.
     """
-    macs = sum(_macs(r, side, p) for side, ps in zip(r.sides, programs, strict=True) for p in ps)
+    macs = sum(
+        _macs(r, side, gates, p)
+        for side, ps in zip(r.sides, programs, strict=True)
+        for (_, gates), p in zip(hidden_parts(side.cell), ps, strict=True)
+    )
     keys = tuple(tuple(None if p is None else p.key for p in ps) for ps in programs)
     rows = max(2, r.batch)  # one row waits for its weights as long as two take to multiply
     apart = len(r.sides) > 1 and threads > 1 and macs * rows * STEPS > SERIAL_MACS
-    workers = threads if not apart and macs * rows > SERIAL_MACS else 1
+    phases = 1 + sum(len(p.stages) for ps in programs for p in ps if p is not None)
+    workers = threads if not apart and macs * rows > 2 * PHASE_MACS * phases else 1
 
     def build() -> tirx.PrimFunc:
         tiles: dict[Tile, int] = {}
@@ -82,9 +93,9 @@ def recurrence(
     return make_kernel("recurrence", key, build, work=macs)
 
 
-def _macs(r: Recurrence, side: compute.Side, program: Program | None) -> int:
+def _macs(r: Recurrence, side: compute.Side, gates: int, program: Program | None) -> int:
     if program is None:
-        return r.h * r.h * side.cell.gates
+        return r.h * r.h * gates // (side.groups or 1)
     return sum(getattr(stage, "macs", 0) for stage in program.stages)
 
 
@@ -101,13 +112,13 @@ class _Kernel:
 
     def declare(self) -> None:
         """Declare the arguments."""
-        r, lanes = self.r, self.isa.lanes
+        r = self.r
         m, count = symbol("m"), len(r.sides)
         states = (i64(count * r.batch), i64(r.h))
         self.steps = m // r.batch
         self.lengths = argument("lengths", (i64(r.batch),), "int32") if r.lengths else None
         first = [argument(name, states) for name in ("h0", "c0")[: 1 + r.lstm]]
-        self.sides = [self._declare(i, m, -(-r.h // lanes) * lanes) for i in range(count)]
+        self.sides = [self._declare(i, m) for i in range(count)]
         self.y = argument("y", (m, i64(count * r.h)))
         last = [argument(name, states) for name in ("h", "c")[: 1 + r.lstm]]
         for side in self.sides:
@@ -126,14 +137,15 @@ class _Kernel:
             for side in self.sides:
                 side.emit()
 
-    def _declare(self, number: int, m, padded: int) -> _Side:
+    def _declare(self, number: int, m) -> _Side:
         side, r = self.r.sides[number], self.r
-        gates = side.cell.gates
+        gates, groups = side.cell.gates, side.groups or 1
+        layout = Layout(groups, r.h // groups, self.isa.lanes)
         z = argument(f"z{number}", (m, i64(gates * r.h)))
         weights = []
         for (_, some), program in zip(hidden_parts(side.cell), self.programs[number], strict=True):
             sizes = (
-                [(r.h * some * padded, "float32")]
+                [(layout.each * some * layout.size, "float32")]
                 if program is None
                 else [
                     (program.words(i), "int32" if i in program.pairs else "float32")
@@ -142,14 +154,14 @@ class _Kernel:
             )
             name = f"w{number}_{len(weights)}_"
             weights.append([argument(f"{name}{i}", (i64(n),), d) for i, (n, d) in enumerate(sizes)])
-        bias = argument(f"bias{number}", (i64(gates * padded),)) if side.hidden_bias else None
-        holes = argument(f"peepholes{number}", (i64(3 * padded),)) if side.peepholes else None
-        return _Side(self, number, z, weights, bias, holes, padded)
+        bias = argument(f"bias{number}", (i64(gates * layout.size),)) if side.hidden_bias else None
+        holes = argument(f"peepholes{number}", (i64(3 * layout.size),)) if side.peepholes else None
+        return _Side(self, number, z, weights, bias, holes, layout)
 
 
 @dataclass
 class _Side:
-    """Code of one direction; state rows are ``padded`` units apart, and double where dense."""
+    """Code of one direction: a step reads one half of its state and writes the other."""
 
     kernel: _Kernel
     number: int
@@ -157,7 +169,7 @@ class _Side:
     weights: list[list[tirx.Buffer]]
     bias: tirx.Buffer | None
     holes: tirx.Buffer | None
-    padded: int
+    layout: Layout
     states: list = field(default_factory=list)
 
     @property
@@ -168,20 +180,18 @@ class _Side:
     def allocate(self) -> None:
         """Allocate the state, the cell state, and what the reset gate makes of the state."""
         kernel, r = self.kernel, self.kernel.r
-        self.size = r.batch * self.padded
+        self.size = r.batch * self.layout.size
         self.state = scratch(2 * self.size)
         self.memory = scratch(self.size) if r.lstm else None
         self.reset = [scratch(self.size) for _ in range(2 if self.cell.split_reset else 0)]
-        lanes = kernel.isa.lanes
-        self.vectors = Vectors(lanes, lambda value: _kept(value, lanes))
-        shape = Shape(kernel.isa, r.batch, r.h, kernel.workers)
+        shape = Shape(kernel.isa, r.batch, self.layout, kernel.workers)
         self.products: list[Product] = []
         programs = kernel.programs[self.number]
         for (_, gates), program, weights in zip(
             hidden_parts(self.cell), programs, self.weights, strict=True
         ):
             if program is None:
-                self.products.append(DenseProduct(shape, gates, *weights))
+                self.products.append(BlockProduct(shape, gates, *weights))
             else:
                 self.products.append(
                     StructuredProduct(shape, gates, program, weights, kernel.tiles)
@@ -193,29 +203,32 @@ class _Side:
         held = [self.state, self.memory][: 1 + r.lstm]
         for product in self.products:
             product.begin()
+        for buffer in self.reset:  # TVM would else shrink it to what one turn of a loop touches
+            with loops(self.size) as (i,):
+                T.buffer_store(buffer, T.float32(0), [i])
         for buffer, (given, _) in zip(held, self.states, strict=True):
             self._exchange(buffer, T.int64(0), given, load=True)
-        with loops(kernel.steps) as (t,), block("step", [(kernel.steps, t)]) as (step,):
-            self._touch()
-            self._step(step)
+        with team() if kernel.workers > 1 else nullcontext():
+            with loops(kernel.steps) as (t,), block("step", [(kernel.steps, t)]) as (step,):
+                self._touch()
+                self._step(step)
         for buffer, (_, result) in zip(held, self.states, strict=True):
             place = kernel.steps % 2 * self.size if buffer is self.state else T.int64(0)
             self._exchange(buffer, place, result, load=False)
 
     def _exchange(self, buffer, place, states, *, load: bool) -> None:
         """Copy the states of this side, clearing the padding."""
-        r = self.kernel.r
-        with loops(r.batch) as (row,):
-            mine = place + row * self.padded
-            if load and self.padded > r.h:
-                with loops(self.padded - r.h) as (i,):
-                    T.buffer_store(buffer, T.float32(0), [mine + r.h + i])
-            with loops(r.h) as (i,):
-                theirs = [self.number * r.batch + row, i]
-                if load:
-                    T.buffer_store(buffer, states[tuple(theirs)], [mine + i])
-                else:
-                    T.buffer_store(states, buffer[mine + i], theirs)
+        r, layout = self.kernel.r, self.layout
+        if load and layout.padded > layout.each:
+            with loops(self.size) as (i,):
+                T.buffer_store(buffer, T.float32(0), [place + i])
+        with loops(r.batch, layout.groups, layout.each) as (row, k, i):
+            mine = place + row * layout.size + k * layout.padded + i
+            theirs = [self.number * r.batch + row, i * layout.groups + k]
+            if load:
+                T.buffer_store(buffer, states[tuple(theirs)], [mine])
+            else:
+                T.buffer_store(states, buffer[mine], theirs)
 
     def _touch(self) -> None:
         """State what a step reads and writes."""
@@ -231,37 +244,35 @@ class _Side:
         """Emit one step of all rows."""
         now, then = t % 2 * self.size, (t + 1) % 2 * self.size
         if not self.cell.split_reset:
-            self.products[0].emit(self.state, now, lambda *at: self._update(t, now, then, *at))
+            self.products[0].emit(self.state, now, partial(self._update, t, now, then))
             return
         held, keep = self.reset
 
-        def gates(row: Expr, unit: Expr, count: int, u: Sums) -> None:
-            with self._active(t, row, unit, count) as at_row:
-                at, place = self._unit(at_row, row, unit, count, now), self._place(row, unit)
-                v = self.vectors
+        def gates(row: Expr, units: Units, u: Sums) -> None:
+            with self._active(t, row) as at_row:
+                at, v = self._reads(at_row, row, units, now), _vectors(units)
                 reset = compute.gate_step(self.cell, v, at, 0, u[0])
-                T.buffer_store(held, reset * at.h(), [place])
+                T.buffer_store(held, reset * at.h(), [self._place(row, units)])
+                place = self._place(row, units)
                 T.buffer_store(keep, compute.gate_step(self.cell, v, at, 1, u[1]), [place])
 
-        def candidate(row: Expr, unit: Expr, count: int, u: Sums) -> None:
-            with self._active(t, row, unit, count, then=then, now=now) as at_row:
-                at, place = self._unit(at_row, row, unit, count, now), self._place(row, unit)
+        def candidate(row: Expr, units: Units, u: Sums) -> None:
+            with self._active(t, row, units, now, then) as at_row:
+                at, place = self._reads(at_row, row, units, now), self._place(row, units)
                 inner = u[0] if at.bias is None else u[0] + at.bias(2)
-                h = compute.gru_step(self.cell, self.vectors, at, keep[place], inner)
-                self._store(at_row, row, unit, count, then, h)
+                h = compute.gru_step(self.cell, _vectors(units), at, keep[place], inner)
+                self._store(at_row, row, units, then, h)
 
         self.products[0].emit(self.state, now, gates)
         self.products[1].emit(held, T.int64(0), candidate)
 
-    def _update(
-        self, t: Expr, now: Expr, then: Expr, row: Expr, unit: Expr, count: int, u: Sums
-    ) -> None:
+    def _update(self, t: Expr, now: Expr, then: Expr, row: Expr, units: Units, u: Sums) -> None:
         """Emit the new state of a vector of units of a row."""
-        with self._active(t, row, unit, count, then=then, now=now) as at_row:
-            at, cell, v = self._unit(at_row, row, unit, count, now), self.cell, self.vectors
+        with self._active(t, row, units, now, then) as at_row:
+            at, cell, v = self._reads(at_row, row, units, now), self.cell, _vectors(units)
             if cell.kind == "lstm":
                 h, c = compute.lstm_step(cell, v, at, u)
-                T.buffer_store(self.memory, c, [self._place(row, unit)])
+                T.buffer_store(self.memory, c, [self._place(row, units)])
             elif cell.kind == "rnn":
                 h = compute.rnn_step(cell, v, at, u[0])
             else:
@@ -269,19 +280,18 @@ class _Side:
                 reset = compute.gate_step(cell, v, at, 0, u[0])
                 keep = compute.gate_step(cell, v, at, 1, u[1])
                 h = compute.gru_step(cell, v, at, keep, reset * inner)
-            self._store(at_row, row, unit, count, then, h)
+            self._store(at_row, row, units, then, h)
 
     @contextmanager
     def _active(
         self,
         t: Expr,
         row: Expr,
-        unit: Expr,
-        count: int,
-        then: Expr | None = None,
+        units: Units | None = None,
         now: Expr | None = None,
+        then: Expr | None = None,
     ) -> Iterator[Expr]:
-        """Yield the row of z and y of a step; a row that is at its end keeps its state."""
+        """Yield the row of z and y of a step; ``units`` of a row at its end keep their state."""
         kernel, batch = self.kernel, self.kernel.r.batch
         steps = kernel.steps
         if kernel.lengths is None:
@@ -291,57 +301,62 @@ class _Side:
         with T.If(t < bounded):
             with T.Then():
                 yield (bounded - 1 - t if self.cell.reverse else t) * batch + row
-            if then is not None:
+            if units is not None:
                 with T.Else():
-                    old = self.state[self._place(row, unit, now)]
-                    T.buffer_store(self.state, old, [self._place(row, unit, then)])
-                    self._store_y(t * batch + row, unit, count, self.vectors.splat(0))
+                    old = self.state[self._place(row, units, now)]
+                    T.buffer_store(self.state, old, [self._place(row, units, then)])
+                    self._store_y(t * batch + row, units, _vectors(units).splat(0))
 
-    def _place(self, row: Expr, unit: Expr, start: Expr | int = 0):
-        return ramp(start + row * self.padded + unit, self.kernel.isa.lanes)
+    def _place(self, row: Expr, units: Units, start: Expr | int | None = 0):
+        return ramp(start + row * self.layout.size + units.place, units.lanes)
 
-    def _unit(self, at_row: Expr, row: Expr, unit: Expr, count: int, now: Expr) -> Unit:
+    def _reads(self, at_row: Expr, row: Expr, units: Units, now: Expr) -> Reads:
         """Return where a vector of units finds what it reads."""
-        h, lanes = self.kernel.r.h, self.kernel.isa.lanes
+        h, lanes = self.kernel.r.h, units.lanes
 
         def z(gate: int) -> Expr:
-            first = gate * h + unit
-            if count == lanes:
+            first = gate * h + units.column
+            if units.count == lanes:
                 return self.z[at_row, ramp(first, lanes)]
             (held,) = registers(lanes, 1)
-            T.buffer_store(held, self.vectors.splat(0), [ramp(0, lanes)])
-            for i in range(count):
+            T.buffer_store(held, _vectors(units).splat(0), [ramp(0, lanes)])
+            for i in range(units.count):
                 T.buffer_store(held, self.z[at_row, first + i], [i])
             return held[ramp(0, lanes)]
 
         def vector(buffer: tirx.Buffer | None) -> Callable[[int], Expr] | None:
             if buffer is None:
                 return None
-            return lambda k: buffer[ramp(k * self.padded + unit, lanes)]
+            return lambda k: buffer[ramp(k * self.layout.size + units.place, lanes)]
 
-        place = self._place(row, unit)
-        return Unit(
+        place = self._place(row, units)
+        return Reads(
             z=z,
-            h=lambda: self.state[self._place(row, unit, now)],
+            h=lambda: self.state[self._place(row, units, now)],
             c=lambda: self.memory[place],
             bias=vector(self.bias),
             peephole=vector(self.holes),
         )
 
-    def _store(self, at_row: Expr, row: Expr, unit: Expr, count: int, then: Expr, h: Expr) -> None:
-        T.buffer_store(self.state, h, [self._place(row, unit, then)])
-        self._store_y(at_row, unit, count, h)
+    def _store(self, at_row: Expr, row: Expr, units: Units, then: Expr, h: Expr) -> None:
+        T.buffer_store(self.state, h, [self._place(row, units, then)])
+        self._store_y(at_row, units, h)
 
-    def _store_y(self, at_row: Expr, unit: Expr, count: int, h: Expr) -> None:
-        y, lanes = self.kernel.y, self.kernel.isa.lanes
-        first = self.number * self.kernel.r.h + unit
-        if count == lanes:
+    def _store_y(self, at_row: Expr, units: Units, h: Expr) -> None:
+        y, lanes = self.kernel.y, units.lanes
+        first = self.number * self.kernel.r.h + units.natural
+        if units.count == lanes and units.stride == 1:
             T.buffer_store(y, h, [at_row, ramp(first, lanes)])
             return
         (held,) = registers(lanes, 1)
         T.buffer_store(held, h, [ramp(0, lanes)])
-        for i in range(count):
-            T.buffer_store(y, held[i], [at_row, first + i])
+        for i in range(units.count):
+            T.buffer_store(y, held[i], [at_row, first + i * units.stride])
+
+
+def _vectors(units: Units) -> Vectors:
+    """Return how expressions of a vector of units are written."""
+    return Vectors(units.lanes, lambda value: _kept(value, units.lanes))
 
 
 def _kept(value: Expr, lanes: int) -> Expr:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +15,10 @@ from tvmstruct.schedules.builder import i64, loops
 from tvmstruct.schedules.compute.chain import GAP, RowNest, StagedProduct
 from tvmstruct.schedules.compute.dense import row_segments
 from tvmstruct.schedules.compute.product_tile import Tile
-from tvmstruct.schedules.compute.recurrence import unit_blocks
+from tvmstruct.schedules.compute.recurrence import Layout, Units
 from tvmstruct.schedules.compute.row_steps import Scratch
+from tvmstruct.schedules.compute.team import barrier
 from tvmstruct.schedules.x86.attention_tile import ramp, scratch, spread
-from tvmstruct.schedules.x86.chain import SHARED_MACS
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.stages import Program
@@ -26,7 +27,7 @@ from tvmstruct.targets import Isa
 WIDTH = 2  # vectors of units whose gates are summed together
 
 Sums = Sequence[Expr]
-Update = Callable[[Expr, Expr, int, Sums], None]  # row, first unit, units, a sum for each gate
+Update = Callable[[Expr, Units, Sums], None]  # row, units, a sum for each gate
 
 
 class Product(Protocol):
@@ -48,27 +49,49 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """``batch`` rows of ``h`` units, ``padded`` apart, shared by ``workers`` threads."""
+    """``batch`` rows of a state, shared by ``workers`` threads."""
 
     isa: Isa
     batch: int
-    h: int
+    layout: Layout
     workers: int
 
     @property
-    def padded(self) -> int:
-        """Units of a row with those that fill its last vector."""
-        return -(-self.h // self.isa.lanes) * self.isa.lanes
+    def h(self) -> int:
+        """Hidden size."""
+        return self.layout.groups * self.layout.each
 
     @property
     def sums(self) -> int:
         """Vectors of sums that leave registers for operands."""
         return self.isa.registers * 3 // 4
 
+    def units(self, group: Expr, first: Expr | int, lanes: int, count: int) -> Units:
+        """Return ``count`` units of a group from its unit ``first`` on."""
+        at, groups = self.layout, self.layout.groups
+        return Units(
+            group * at.padded + first, group * at.each + first, lanes, count,
+            first * groups + group, groups,
+        )  # fmt: skip
+
+    @contextmanager
+    def turns(self, count: int) -> Iterator[Expr]:
+        """Loop over ``count`` turns: shared by the threads, which wait for each other after it."""
+        if self.workers == 1:
+            with loops(count) as (turn,):
+                yield turn
+            return
+        with barrier(), T.parallel(T.int64(0), T.int64(count)) as turn:
+            yield turn
+
 
 @dataclass(frozen=True)
-class DenseProduct:
-    """Blocks of units, packed by `pack_units`, meet tiles of rows; sums stay in registers."""
+class BlockProduct:
+    """Dense blocks, one for each group of units, packed by `pack_units`; one block is dense.
+
+    A few vectors of units of a block meet tiles of rows, and the sums of all their gates stay in
+    registers until the units are updated.
+    """
 
     shape: Shape
     gates: int
@@ -83,42 +106,36 @@ class DenseProduct:
         """Prepare nothing."""
 
     def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
-        """Multiply rows of ``source`` from ``place`` on: whole blocks, then the last one."""
-        h, lanes = self.shape.h, self.shape.isa.lanes
-        blocks = unit_blocks(h, lanes, WIDTH)
-        whole = h // (WIDTH * lanes)
-        turns = [(number, n, h - v * lanes) for number, (v, n) in enumerate(blocks[whole:], whole)]
-        if self.shape.workers > 1:
-            with T.parallel(T.int64(0), T.int64(len(blocks))) as number:
-                if whole:
-                    with T.If(number < whole), T.Then():
-                        self._block(number, WIDTH, WIDTH * lanes, source, place, update)
-                for last, vectors, units in turns:
-                    with T.If(number == last), T.Then():
-                        self._block(i64(last), vectors, units, source, place, update)
-            return
-        if whole:
-            with loops(whole) as (number,):
-                self._block(number, WIDTH, WIDTH * lanes, source, place, update)
-        for last, vectors, units in turns:
-            self._block(i64(last), vectors, units, source, place, update)
+        """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
+        layout = self.shape.layout
+        blocks, each = layout.blocks(WIDTH), layout.each
+        like = sum(block[1:] == blocks[0][1:] for block in blocks)
+        if each < layout.padded:  # the last vector is not whole
+            like = min(like, len(blocks) - 1)
+        with self.shape.turns(layout.groups * len(blocks)) as turn:
+            group, number = turn // len(blocks), turn % len(blocks)
+            if like:
+                _, lanes, vectors = blocks[0]
+                with T.If(number < like), T.Then():
+                    block = _Block(group, number * (lanes * vectors), lanes, [lanes] * vectors)
+                    self._block(block, source, place, update)
+            for last, (first, lanes, vectors) in enumerate(blocks[like:], like):
+                counts = [min(lanes, each - first - v * lanes) for v in range(vectors)]
+                with T.If(number == last), T.Then():
+                    self._block(_Block(group, i64(first), lanes, counts), source, place, update)
 
-    def _block(
-        self, number: Expr, vectors: int, units: int, source: tirx.Buffer, place: Expr,
-        update: Update,
-    ) -> None:  # fmt: skip
-        """Emit a block of ``units`` in ``vectors``, tile after tile of rows."""
-        lanes, gates = self.shape.isa.lanes, self.gates
-        start = number * (self.shape.h * gates * WIDTH * lanes)
-        for first, height, tiles in self._tiles(gates * vectors):
+    def _block(self, block: _Block, source: tirx.Buffer, place: Expr, update: Update) -> None:
+        """Emit a block, tile after tile of rows."""
+        vectors, lanes = len(block.counts), block.lanes
+        for top, height, tiles in self._tiles(self.gates * vectors):
             with loops(tiles) as (tile,):
-                row = first + tile * height
-                sums = self._sums((height, gates * vectors), start, source, place, row)
+                row = top + tile * height
+                sums = self._sums(block, height, source, place, row)
                 for line in range(height):
-                    for v in range(vectors):
-                        u = [sums[gate * vectors + v][line] for gate in range(gates)]
-                        unit = number * (WIDTH * lanes) + v * lanes
-                        update(row + line, unit, min(lanes, units - v * lanes), u)
+                    for v, count in enumerate(block.counts):
+                        u = [sums[gate * vectors + v][line] for gate in range(self.gates)]
+                        first = block.first + v * lanes
+                        update(row + line, self.shape.units(block.group, first, lanes, count), u)
 
     def _tiles(self, columns: int) -> list[tuple[int, int, int]]:
         """Cut the rows into (first row, height, tiles) whose sums fit in registers."""
@@ -128,20 +145,45 @@ class DenseProduct:
         return [(0, most, whole), *([(whole * most, rest, 1)] if rest else [])]
 
     def _sums(
-        self, tile: tuple[int, int], start: Expr, source: tirx.Buffer, place: Expr, row: Expr
+        self, block: _Block, height: int, source: tirx.Buffer, place: Expr, row: Expr
     ) -> list[list[Expr]]:
         """Return the sums of a tile as ``[column][line]``; a column is a vector of a gate."""
-        height, columns = tile
-        lanes, padded = self.shape.isa.lanes, self.shape.padded
+        layout, lanes, columns = self.shape.layout, block.lanes, self.gates * len(block.counts)
+        groups, each = layout.groups, layout.each
+        start = block.group * (each * self.gates * layout.padded)
+        start = start + block.first * (each * self.gates)
+        nested = groups > 1 and each % groups == 0  # then inputs lie evenly
 
-        def step(p: Expr, add: Callable[[int, int, Expr, Expr], None]) -> None:
+        def index(p: Sequence[Expr]) -> tuple[Expr, Expr]:
+            """Return which input it is, and where the unit that it is lies in the state."""
+            if groups == 1:
+                return p[0], p[0]
+            if nested:
+                place = p[1] * layout.padded + block.group * (each // groups) + p[0]
+                return p[0] * groups + p[1], place
+            unit = block.group * each + p[0]
+            return p[0], unit % groups * layout.padded + unit // groups
+
+        def step(p: Sequence[Expr], add: Callable[[int, int, Expr, Expr], None]) -> None:
+            number, at = index(p)
             for column in range(columns):
-                right = self.w[ramp(start + p * (columns * lanes) + column * lanes, lanes)]
+                right = self.w[ramp(start + number * (columns * lanes) + column * lanes, lanes)]
                 for line in range(height):
-                    left = source[place + (row + line) * padded + p]
+                    left = source[place + (row + line) * layout.size + at]
                     add(line, column, spread(left, lanes), right)
 
-        return accumulate(self.shape.isa, lanes, tile, self.shape.h, step)
+        depth = (each // groups, groups) if nested else (each,)
+        return accumulate(self.shape.isa, lanes, (height, columns), depth, step)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Vectors of units of a group from unit ``first`` on, and how many units each has."""
+
+    group: Expr
+    first: Expr
+    lanes: int
+    counts: list[int]
 
 
 class StructuredProduct:
@@ -157,11 +199,11 @@ class StructuredProduct:
     ) -> None:
         self.shape, self.gates, self.weights = shape, gates, weights
         isa, batch = shape.isa, shape.batch
-        mode = "stages" if shape.workers > 1 else "none"
+        mode = "team" if shape.workers > 1 else "none"
         self.products: list[tuple[int, StagedProduct]] = []  # from which row on
         for part in row_segments(batch, HEIGHTS[isa.name]):
             rows, height = int(part.count) * part.height, part.height
-            nest = RowNest((height,), rows, mode, shape.sums, shape.workers, SHARED_MACS)
+            nest = RowNest((height,), rows, mode, shape.sums, shape.workers)
             product = StagedProduct(program, nest, isa.lanes, tiles, rows)
             self.products.append((int(part.start), product))
         sizes = (product.scratch() for _, product in self.products)
@@ -182,21 +224,28 @@ class StructuredProduct:
 
     def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on."""
-        shape, lanes = self.shape, self.shape.isa.lanes
+        shape, layout = self.shape, self.shape.layout
         for start, product in self.products:
-            rows = Scratch(source, shape.padded, place + start * shape.padded)
+            rows = Scratch(source, layout.size, place + start * layout.size)
             sums = Scratch(self.sums.buffer, self.sums.stride, start * self.sums.stride)
             product.emit(rows, sums, self.weights, self.between)
-        whole, rest = divmod(shape.h, lanes)
+        whole = [lanes for _, lanes in layout.vectors].count(layout.lanes)
+        whole = min(whole, layout.each // layout.lanes)
+        rest = layout.vectors[whole:]
 
-        def units(row: Expr, unit: Expr, count: int) -> None:
-            first = row * self.sums.stride + unit
-            places = (ramp(first + gate * shape.h, lanes) for gate in range(self.gates))
-            update(row, unit, count, [self.sums.buffer[place] for place in places])
+        def units(row: Expr, first: Expr, lanes: int, count: int) -> None:
+            at = row * self.sums.stride + first
+            places = (ramp(at + gate * shape.h, lanes) for gate in range(self.gates))
+            u = [self.sums.buffer[place] for place in places]
+            update(row, shape.units(T.int64(0), first, lanes, count), u)
 
-        with loops(shape.batch) as (row,):
+        each = whole + bool(rest)
+        with shape.turns(shape.batch * each) as turn:
+            row, v = turn // each, turn % each
             if whole:
-                with loops(whole) as (v,):
-                    units(row, v * lanes, lanes)
+                with T.If(v < whole), T.Then():
+                    units(row, v * layout.lanes, layout.lanes, layout.lanes)
             if rest:
-                units(row, i64(whole * lanes), rest)
+                with T.If(v == whole), T.Then():
+                    for first, lanes in rest:
+                        units(row, i64(first), lanes, min(lanes, layout.each - first))

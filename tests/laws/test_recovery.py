@@ -172,6 +172,13 @@ def test_half_precision_is_reported_but_not_replaced(name: str, stored: str) -> 
     assert found.alternatives[0].family == family
 
 
+def test_weights_of_8_bits_are_reported_but_not_replaced() -> None:
+    w, _, _ = MEMBERS["rank 12"]
+    scale = np.abs(w).max() / 127
+    found = recover((np.round(w / scale) * scale).astype(np.float32), stored_dtype="int8")
+    assert found.fit is None
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_random_half_precision_looks_like_nothing(stored: str) -> None:
     found = recover(normal(192, 288).astype(np.float16).astype(np.float32), stored_dtype=stored)
@@ -202,8 +209,8 @@ def test_weights_that_cannot_be_tested_are_declined(w: np.ndarray, why: str) -> 
 
 
 def test_unknown_stored_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="stored_dtype='int8'; want one of float64, float32"):
-        recover(normal(32, 32), stored_dtype="int8")
+    with pytest.raises(ValueError, match="stored_dtype='int4'; want one of float64, float32"):
+        recover(normal(32, 32), stored_dtype="int4")
 
 
 @pytest.mark.parametrize("place", [(0, 0), (100, 50)])

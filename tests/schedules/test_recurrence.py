@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from tests.kernels import GUARD, build, every_isa
 from tvmstruct import ops
 from tvmstruct.recurrent import PARAMETERS, Activation, Cell, Recurrent
 from tvmstruct.schedules.compute.recurrence import (
+    Layout,
     Recurrence,
     Side,
     hidden_parts,
     pack_units,
-    pad_units,
 )
 from tvmstruct.schedules.registry import Kernel
-from tvmstruct.schedules.x86.recurrence import WIDTH, recurrence
+from tvmstruct.schedules.x86 import recurrence as kernels
 from tvmstruct.stages import lower
 from tvmstruct.targets import ISAS, Isa
 from tvmstruct.testing import tolerance
@@ -38,10 +39,11 @@ class Case:
     bias: bool = True
     peepholes: bool = False
     threads: int = 1
+    team: bool = False  # whether threads share a step, however short it is
 
     def __str__(self) -> str:
         kinds = "+".join(c.kind for c in self.cells)
-        return f"{kinds}-{self.h}x{self.batch}-{self.form}-{self.threads}"
+        return f"{kinds}-{self.h}x{self.batch}-{self.form}-{self.threads}{'-team' * self.team}"
 
 
 def activations(*names: str) -> tuple[Activation, ...]:
@@ -63,6 +65,8 @@ CASES = [
     Case((LSTM,), 40, 1, "blocks"),
     Case((LSTM, BACK), 24, 3, "low_rank", lengths=True, threads=2),
     Case((RNN,), 36, 11, "low_rank", threads=2),
+    Case((LSTM,), 36, 5, "low_rank", lengths=True, threads=2, team=True),
+    Case((replace(GRU, reset_after=False),), 40, 1, "blocks", threads=2, team=True),
 ]
 
 
@@ -111,18 +115,19 @@ def kernel_of(isa: Isa, case: Case, made: Sequence[Recurrent]) -> Kernel:
         for la in made
     ]
     static = Recurrence(sides, case.h, case.batch, case.lengths)
-    return recurrence(isa, static, programs, case.threads)
+    with mock.patch.object(kernels, "PHASE_MACS", 0 if case.team else kernels.PHASE_MACS):
+        return kernels.recurrence(isa, static, programs, case.threads)
 
 
 def weights(isa: Isa, layer: Recurrent) -> list[np.ndarray]:
-    packed = list[np.ndarray]()
+    packed, layout = list[np.ndarray](), Layout(1, layer.h, isa.lanes)
     for op, gates in products(layer):
         if isinstance(op, ops.Dense):
-            packed.append(pack_units(op.w, gates, isa.lanes, WIDTH))
+            packed.append(pack_units(op.w[None], gates, layout, kernels.WIDTH))
         else:
             packed += lower(op, isa.lanes).weights
     vectors = (v for v in (layer.hidden_bias, layer.peepholes) if v is not None)
-    return [*packed, *(pad_units(v.reshape(-1, layer.h), isa.lanes).reshape(-1) for v in vectors)]
+    return [*packed, *(layout.pad(v.reshape(-1, layer.h)).reshape(-1) for v in vectors)]
 
 
 @pytest.fixture(scope="module")

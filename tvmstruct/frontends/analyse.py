@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from onnx import NodeProto
 
 from tvmstruct.errors import ModelError
-from tvmstruct.frontends.fold import fold, try_fold
+from tvmstruct.frontends.fold import Folded, fold, try_fold
+from tvmstruct.frontends.nodes import attribute
 from tvmstruct.frontends.source import Dim, Shape, TensorSpec, symbol_places
-from tvmstruct.frontends.validate import Graph, attribute
+from tvmstruct.frontends.validate import Graph
 
 PASSES = frozenset(
     "Cast Identity Reshape Squeeze Unsqueeze Transpose Expand Flatten Slice Split".split()
@@ -100,48 +101,87 @@ def _probe_sizes(graph: Graph) -> Iterator[dict[str, int]]:
     yield dict.fromkeys(places, 1)
 
 
-def describe_outputs(graph: Graph, tokens: Mapping[str, int]) -> tuple[TensorSpec, ...]:
-    """Return the outputs with symbols found by folding at two sets of sizes.
+def fold_at_probes(graph: Graph, tokens: Mapping[str, int]) -> list[tuple[dict[str, int], Folded]]:
+    """Return one or two sets of sizes with the graph folded at each: two where any size may vary.
 
     Also the first real check of the model: it raises where no probe folds.
     """
-    found: list[tuple[dict[str, int], list[Shape]]] = []
+    found: list[tuple[dict[str, int], Folded]] = []
     error: ModelError | None = None
     for sizes in _probe_sizes(graph):
         try:
-            folded = fold(graph, shapes_at(graph.inputs, sizes), tokens)
+            found.append((sizes, fold(graph, shapes_at(graph.inputs, sizes), tokens)))
         except ModelError as reason:
             error = reason
-            continue
-        found.append((sizes, [folded.shapes[folded.aliases[s.name]] for s in graph.outputs]))
-        if len(found) == 2 or not sizes:
+        if len(found) == 2 or (found and not sizes):
             break
     if not found:
         assert error is not None
-        raise error
-    return tuple(
-        TensorSpec(spec.name, spec.dtype, _match(spec, index, found))
-        for index, spec in enumerate(graph.outputs)
-    )
+        if not symbol_places(graph.inputs):
+            raise error
+        raise type(error)(
+            f"{error}. No sizes that were tried fit this model; if it takes certain ones only, fix "
+            "them: from_onnx(..., shapes={input: (size or name, ...)})"
+        ) from error
+    return found
 
 
-def _match(
-    spec: TensorSpec, index: int, found: list[tuple[dict[str, int], list[Shape]]]
-) -> tuple[Dim, ...]:
-    shapes = [shapes[index] for _, shapes in found]
-    if len(set(map(len, shapes))) != 1:
-        raise ModelError(f"output {spec.name!r} changes its rank with the input shapes")
-    return tuple(_match_axis(axis, index, found) for axis in range(len(shapes[0])))
-
-
-def _match_axis(axis: int, index: int, found: list[tuple[dict[str, int], list[Shape]]]) -> Dim:
-    values = [shapes[index][axis] for _, shapes in found]
+def describe_outputs(
+    graph: Graph, found: Sequence[tuple[dict[str, int], Folded]]
+) -> tuple[TensorSpec, ...]:
+    """Return the outputs with symbols, from the graph folded at two sets of sizes."""
     sizes = [s for s, _ in found]
-    for symbol in found[0][0]:
-        if len(found) > 1 and [s[symbol] for s in sizes] == values:
+    specs = []
+    for spec in graph.outputs:
+        shapes = [folded.shapes[folded.aliases[spec.name]] for _, folded in found]
+        if len(set(map(len, shapes))) != 1:
+            raise ModelError(f"output {spec.name!r} changes its rank with the input shapes")
+        shape = tuple(_matched(values, sizes) for values in zip(*shapes, strict=True))
+        specs.append(TensorSpec(spec.name, spec.dtype, shape))
+    return tuple(specs)
+
+
+def _matched(values: Sequence[int], sizes: Sequence[Mapping[str, int]]) -> Dim:
+    """Return the symbol that has these values at these sizes, the one value, or None."""
+    for symbol in sizes[0]:
+        if len(sizes) > 1 and [s[symbol] for s in sizes] == list(values):
             return symbol
-    fixed = len(set(values)) == 1 and (len(found) > 1 or not found[0][0])
+    fixed = len(set(values)) == 1 and (len(sizes) > 1 or not sizes[0])
     return values[0] if fixed else None
+
+
+def find_length_inputs(
+    graph: Graph, found: Sequence[tuple[dict[str, int], Folded]]
+) -> dict[str, Dim]:
+    """Return the inputs that say how many steps of each row a recurrent layer takes.
+
+    With the dimension that bounds them; those for which none is found are left out.
+    """
+    steps = [_length_bounds(graph, folded) for _, folded in found]
+    sizes = [s for s, _ in found]
+    matched = {
+        name: _matched([s[name] for s in steps], sizes)
+        for name in steps[0]
+        if all(name in s for s in steps)
+    }
+    return {name: dim for name, dim in matched.items() if dim is not None}
+
+
+def _length_bounds(graph: Graph, folded: Folded) -> dict[str, int]:
+    """Return the fewest steps of the layers that an input gives the lengths of."""
+    producers = {o: n for n in folded.nodes for o in n.output}
+    inputs = {s.name for s in graph.inputs}
+    bounds: dict[str, int] = {}
+    for node in folded.nodes:
+        if (layer := graph.layers.get(node.name)) is None:
+            continue
+        x, root = node.input[0], node.input[1]
+        while root in producers and producers[root].op_type in PASSES:
+            root = producers[root].input[0]
+        if root in inputs:
+            steps = folded.shapes[x][1 if layer.batch_first else 0]
+            bounds[root] = min(steps, bounds.get(root, steps))
+    return bounds
 
 
 def find_limits(graph: Graph, tokens: Mapping[str, int]) -> dict[str, int]:

@@ -8,26 +8,30 @@ never copied: they stay named inputs of what is left.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from onnx import NodeProto, TypeProto, defs, helper, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import NodeProto
 
 from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorError
+from tvmstruct.frontends.fold_state import (
+    MAX_FOLDED_BYTES,
+    Folder,
+    chosen_branch,
+    evaluate,
+    live,
+    renamed,
+)
+from tvmstruct.frontends.nodes import attribute, describe
+from tvmstruct.frontends.onnx_recurrent import check_lengths
 from tvmstruct.frontends.operators import INDEXED
 from tvmstruct.frontends.ranges import Range, array_range, node_range
-from tvmstruct.frontends.source import new_tensor, tensor_view
-from tvmstruct.frontends.validate import SMALL, Graph, attribute
+from tvmstruct.frontends.validate import Graph
 
-MAX_FOLDED_BYTES = 1 << 26  # larger constants are computed at run time
-MAX_VALUE_BYTES = 1 << 38
 UNCHANGED_IF_SAME_SHAPE = frozenset(
     {"Reshape", "Expand", "Cast", "Squeeze", "Unsqueeze", "Tile", "Slice"}
 )
-UNEVALUATED = frozenset({"Einsum", "Conv", "AveragePool", "MaxPool", "MatMulInteger"})
-INFERENCE_SIZE = 1024  # ONNX inference reads the contents of small integer arrays only
 
 Shape = tuple[int, ...]
 
@@ -44,128 +48,7 @@ class Folded:
     safe_gathers: frozenset[str]
 
 
-class _Folder:
-    """State of one walk: what is known about each value so far."""
-
-    def __init__(self, graph: Graph, tokens: Mapping[str, int]) -> None:
-        self.graph = graph
-        self.schemas: dict[str, defs.OpSchema] = {}
-        self.values = dict(graph.constants)
-        self.shapes: dict[str, Shape] = {n: a.shape for n, a in self.values.items()}
-        self.dtypes: dict[str, np.dtype] = {n: a.dtype for n, a in self.values.items()}
-        self.aliases: dict[str, str] = {}
-        self.ranges: dict[str, Range | None] = {}
-        self.counted: set[str] = set()
-        self.kept: list[NodeProto] = []
-        self.safe: set[str] = set()
-        self.weights = {n: tensor_view(t) for n, t in graph.tensors.items()}
-        self.originals = dict(self.weights)
-        for name, array in self.weights.items():
-            self.shapes[name], self.dtypes[name] = array.shape, array.dtype
-        for name, rows in tokens.items():
-            self.ranges[name] = (0, rows - 1)
-
-    def array(self, name: str) -> np.ndarray | None:
-        """Return the array of a constant or weight."""
-        value = self.values.get(name)
-        return self.weights.get(name) if value is None else value
-
-    def known(self, node: NodeProto) -> bool:
-        """Tell whether every input of ``node`` is a constant or a weight."""
-        return all(i in self.values or i in self.weights for i in node.input if i)
-
-    def infer(self, node: NodeProto) -> None:
-        """Find dtype and static shape of every output."""
-        for name, proto in _infer_types(self, node).items():
-            tensor = proto.tensor_type
-            dims = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim]
-            if not tensor.HasField("shape") or min(dims, default=0) < 0:
-                raise ModelError(
-                    f"{describe(node)}: the shape of {name!r} depends on the data, not only on "
-                    "the input shapes; such models cannot be compiled"
-                )
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-            if prod(dims) * dtype.itemsize > MAX_VALUE_BYTES:
-                raise ModelError(f"{describe(node)}: {name!r} of shape {dims} is absurdly large")
-            self.shapes[name], self.dtypes[name] = tuple(dims), dtype
-
-    def output_bytes(self, node: NodeProto) -> int:
-        """Return the size of all outputs together."""
-        return sum(prod(self.shapes[o]) * self.dtypes[o].itemsize for o in node.output if o)
-
-
-def describe(node: NodeProto) -> str:
-    """Return operator and node name for messages."""
-    return f"{node.op_type} (node {node.name or '-> ' + ', '.join(node.output)!r})"
-
-
-def _infer_types(state: _Folder, node: NodeProto) -> dict[str, TypeProto]:
-    names = [i for i in node.input if i]
-    types = {
-        n: helper.make_tensor_type_proto(
-            helper.np_dtype_to_tensor_dtype(state.dtypes[n]), state.shapes[n]
-        )
-        for n in names
-    }
-    data = {
-        n: numpy_helper.from_array(np.asarray(state.values[n]))
-        for n in names
-        if n in state.values and state.values[n].size <= INFERENCE_SIZE
-    }
-    schema = state.schemas.get(node.op_type)
-    try:
-        if schema is None:
-            schema = defs.get_schema(node.op_type, state.graph.opset, "")
-            state.schemas[node.op_type] = schema
-        opsets = [helper.make_opsetid("", state.graph.opset)]
-        found = shape_inference.infer_node_outputs(schema, node, types, data, None, opsets)
-    except Exception as error:
-        shapes = ", ".join(f"{n} {state.dtypes[n]}{list(state.shapes[n])}" for n in names)
-        raise ModelError(
-            f"{describe(node)} does not accept its inputs ({shapes}): {str(error).strip()[:300]}"
-        ) from error
-    missing = [o for o in node.output if o and o not in found]
-    if missing:
-        raise ModelError(f"{describe(node)}: no shape can be inferred for {missing}")
-    return {o: found[o] for o in node.output if o}
-
-
-def _evaluate(state: _Folder, node: NodeProto) -> dict[str, np.ndarray] | None:
-    """Run ``node`` on known arrays; None where the reference implementation disagrees or fails."""
-    feeds = {i: state.array(i) for i in node.input if i}
-    if node.op_type in UNEVALUATED or (node.op_type == "Div" and _divides_negative(feeds)):
-        return None
-    try:
-        with np.errstate(all="ignore"):
-            results = ReferenceEvaluator(node, opsets={"": state.graph.opset}).run(None, feeds)
-    except Exception:  # not an error of the model: the node then runs in the compiled module
-        return None
-    arrays = dict(zip([o for o in node.output if o], map(np.asarray, results), strict=False))
-    for name, array in arrays.items():
-        if array.shape != state.shapes[name] or array.dtype != state.dtypes[name]:
-            return None
-    return arrays
-
-
-def _divides_negative(feeds: Mapping[str, np.ndarray | None]) -> bool:
-    """ONNX division truncates, the reference implementation rounds down."""
-    return any(
-        a is None or (a.dtype.kind in "iu" and (a.min(initial=0) < 0 or not a.all()))
-        for a in feeds.values()
-    )
-
-
-def _rename(state: _Folder, node: NodeProto) -> NodeProto:
-    if not any(i in state.aliases for i in node.input):
-        return node
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.ClearField("input")
-    copy.input.extend(state.aliases.get(i, i) for i in node.input)
-    return copy
-
-
-def _same_value(state: _Folder, node: NodeProto) -> str | None:
+def _same_value(state: Folder, node: NodeProto) -> str | None:
     """Return the input that ``node`` passes on unchanged at these shapes."""
     source, result = node.input[0] if node.input else "", node.output[0]
     if node.op_type == "Where":
@@ -184,14 +67,14 @@ def _same_value(state: _Folder, node: NodeProto) -> str | None:
     return source if same and state.dtypes[source] == state.dtypes[result] else None
 
 
-def _steps_forward(state: _Folder, node: NodeProto) -> bool:
+def _steps_forward(state: Folder, node: NodeProto) -> bool:
     if len(node.input) < 5 or not node.input[4]:
         return True
     steps = state.values.get(node.input[4])
     return steps is not None and bool((steps > 0).all())
 
 
-def _check_gather(state: _Folder, node: NodeProto) -> None:
+def _check_gather(state: Folder, node: NodeProto) -> None:
     """Prove the index of a lookup in range, or leave it to be clipped at run time."""
     data, index = node.input[0], node.input[1]
     shape = state.shapes[data]
@@ -214,7 +97,7 @@ def _check_gather(state: _Folder, node: NodeProto) -> None:
         state.safe.add(node.output[0])
 
 
-def _track(state: _Folder, node: NodeProto) -> None:
+def _track(state: Folder, node: NodeProto) -> None:
     """Record bounds of the outputs of a node that stays."""
     inputs = [i for i in node.input if i]
     for name in inputs:
@@ -229,12 +112,12 @@ def _track(state: _Folder, node: NodeProto) -> None:
         state.counted.update(node.output)
 
 
-def _dtype_range(state: _Folder, node: NodeProto) -> Range:
+def _dtype_range(state: Folder, node: NodeProto) -> Range:
     info = np.iinfo(state.dtypes[node.output[0]])
     return int(info.min), int(info.max)
 
 
-def _keep(state: _Folder, node: NodeProto) -> None:
+def _keep(state: Folder, node: NodeProto) -> None:
     if node.op_type == "LayerNormalization" and any(node.output[1:]):
         raise UnsupportedOperatorError(f"{describe(node)}: only its first output can be compiled")
     checked = node.op_type == "GatherND" and not attribute(node, "batch_dims", 0)  # by clipping
@@ -249,7 +132,7 @@ def _keep(state: _Folder, node: NodeProto) -> None:
     state.kept.append(node)
 
 
-def _shape_value(state: _Folder, node: NodeProto) -> np.ndarray:
+def _shape_value(state: Folder, node: NodeProto) -> np.ndarray:
     shape = state.shapes[node.input[0]]
     if node.op_type == "Size":
         return np.array(prod(shape), np.int64)
@@ -257,29 +140,55 @@ def _shape_value(state: _Folder, node: NodeProto) -> np.ndarray:
     return np.array(shape[attribute(node, "start", 0) : end], np.int64)
 
 
-def _visit(state: _Folder, node: NodeProto, tables: bool) -> None:
-    node = _rename(state, node)
+def _visit(state: Folder, node: NodeProto, tables: bool) -> None:
+    if node.op_type == "If":
+        for inner in _decided(state, node):
+            _visit(state, inner, tables)
+        return
+    node = renamed(state, node)
     state.infer(node)
+    if (layer := state.graph.layers.get(node.name)) is not None:
+        lengths = state.values.get(node.input[1])
+        check_lengths(node, layer, lengths, state.shapes[node.input[0]])
+        state.kept.append(node)
+        return
     if node.op_type in ("Shape", "Size"):
         state.values[node.output[0]] = _shape_value(state, node)
-        return
-    if state.known(node) and state.output_bytes(node) <= MAX_FOLDED_BYTES:
-        uses_weight = any(i in state.weights for i in node.input)
-        if not uses_weight or (tables and node.op_type in ("Gather", "Slice")):
-            if node.op_type == "Gather":
-                _check_gather(state, node)
-            if (arrays := _evaluate(state, node)) is not None:
-                state.values.update(arrays)
-                return
-    if (source := _same_value(state, node)) is not None:
-        state.aliases[node.output[0]] = state.aliases.get(source, source)
-        return
-    _keep(state, node)
+    elif not _evaluated(state, node, tables):
+        if (source := _same_value(state, node)) is not None:
+            state.aliases[node.output[0]] = state.aliases.get(source, source)
+        else:
+            _keep(state, node)
+
+
+def _decided(state: Folder, node: NodeProto) -> list[NodeProto]:
+    if (chosen := chosen_branch(state, node)) is None:
+        raise UnsupportedOperatorError(
+            f"{describe(node)}: its condition depends on values that are computed at run time; "
+            "where an input decides it, fix that: from_onnx(..., constants={name: value})"
+        )
+    return chosen
+
+
+def _evaluated(state: Folder, node: NodeProto, tables: bool) -> bool:
+    """Compute what is known, small enough and no copy of a weight; tell whether it was."""
+    if not state.known(node) or state.output_bytes(node) > MAX_FOLDED_BYTES:
+        return False
+    if any(i in state.weights for i in node.input) and not (
+        tables and node.op_type in ("Gather", "Slice")
+    ):
+        return False
+    if node.op_type == "Gather":
+        _check_gather(state, node)
+    if (arrays := evaluate(state, node)) is None:
+        return False
+    state.values.update(arrays)
+    return True
 
 
 def fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int]) -> Folded:
     """Return ``graph`` folded at these input shapes."""
-    state = _Folder(graph, tokens)
+    state = Folder(graph, tokens)
     for spec in graph.inputs:
         state.shapes[spec.name], state.dtypes[spec.name] = shapes[spec.name], np.dtype(spec.dtype)
     for node in graph.nodes:
@@ -291,7 +200,7 @@ def fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int]) -
                 f"output {spec.name!r} is declared {spec.dtype} but computes "
                 f"{state.dtypes[outputs[spec.name]]}; the file is damaged"
             )
-    nodes, used = _live(state.kept, set(outputs.values()))
+    nodes, used = live(state.kept, set(outputs.values()))
     used |= {s.name for s in graph.inputs}
     return Folded(
         nodes=nodes,
@@ -303,89 +212,6 @@ def fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int]) -
     )
 
 
-def _live(nodes: list[NodeProto], used: set[str]) -> tuple[tuple[NodeProto, ...], set[str]]:
-    kept: list[NodeProto] = []
-    used = set(used)
-    for node in reversed(nodes):
-        if used.intersection(node.output):
-            used.update(i for i in node.input if i)
-            kept.append(node)
-    return tuple(reversed(kept)), used
-
-
-def fold_static(graph: Graph) -> Graph:
-    """Evaluate once what does not depend on any input: constants, casts and scalings of weights."""
-    state = _Folder(graph, {})
-    uses = _count_uses(graph)
-    stored = dict(graph.stored_dtypes)
-    rest: list[NodeProto] = []
-    for node in map(lambda n: _rename(state, n), graph.nodes):
-        if node.op_type == "Transpose" or not node.input or not state.known(node):
-            rest.append(node)
-            continue
-        state.infer(node)
-        limit = MAX_FOLDED_BYTES + sum(a.nbytes for a in state.weights.values())
-        arrays = _evaluate(state, node) if state.output_bytes(node) <= limit else None
-        if arrays is None:
-            rest.append(node)
-            continue
-        _absorb(state, node, arrays, uses, stored)
-    return _rebuild(state, graph, rest, stored)
-
-
-def _count_uses(graph: Graph) -> dict[str, int]:
-    uses: dict[str, int] = {s.name: 1 for s in graph.outputs}
-    for node in graph.nodes:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
-    return uses
-
-
-def _absorb(
-    state: _Folder,
-    node: NodeProto,
-    arrays: dict[str, np.ndarray],
-    uses: dict[str, int],
-    stored: dict[str, str],
-) -> None:
-    """Keep the result of a static node; a weight's only derivation keeps the weight's name."""
-    parents = [i for i in node.input if i in state.weights]
-    for output, array in arrays.items():
-        if not parents or array.size <= SMALL:
-            state.values[output] = array
-            continue
-        name = output
-        if len(parents) == 1 and len(arrays) == 1 and uses.get(parents[0], 0) == 1:
-            name = parents[0]
-            if output in {s.name for s in state.graph.outputs}:
-                name = output
-        if name != output:
-            state.aliases[output] = name
-            uses[name] = uses.get(output, 0)
-        if array.dtype != state.dtypes[parents[0]]:
-            stored.setdefault(name, stored.get(parents[0], state.dtypes[parents[0]].name))
-        state.weights[name] = array
-        state.shapes[name], state.dtypes[name] = array.shape, array.dtype
-
-
-def _rebuild(state: _Folder, graph: Graph, rest: list[NodeProto], stored: dict[str, str]) -> Graph:
-    nodes, used = _live(rest, {s.name for s in graph.outputs})
-    nodes = tuple(_rename(state, n) for n in nodes)
-    used |= {state.aliases.get(n, n) for n in used}
-    tensors = {}
-    for name, array in state.weights.items():
-        if name in used:
-            same = state.originals.get(name) is array
-            tensors[name] = graph.tensors[name] if same else new_tensor(array)
-    return replace(
-        graph,
-        nodes=nodes,
-        tensors=tensors,
-        constants={n: a for n, a in state.values.items() if n in used},
-        stored_dtypes={n: d for n, d in stored.items() if n in used},
-    )
-
-
 def try_fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int]) -> bool:
     """Tell whether the model accepts these shapes."""
     try:
@@ -393,6 +219,3 @@ def try_fold(graph: Graph, shapes: Mapping[str, Shape], tokens: Mapping[str, int
     except TvmstructError:
         return False
     return True
-
-
-__all__ = ["Folded", "describe", "fold", "fold_static", "try_fold"]

@@ -12,10 +12,11 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
+from tvmstruct.frontends.nodes import own_nodes
 from tvmstruct.frontends.onnx import source_from_graph
 from tvmstruct.frontends.source import Source, TensorSpec, new_tensor
 from tvmstruct.frontends.tensors import load_safetensors, read_tensors
-from tvmstruct.frontends.validate import SMALL, Graph, own_nodes
+from tvmstruct.frontends.validate import SMALL, Graph
 
 OPSET = 20
 ROBERTA = frozenset({"roberta", "xlm-roberta", "camembert"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,42 @@ from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from tvmstruct.errors import ModelError, TvmstructError, UnsupportedOperatorError
-from tvmstruct.frontends.analyse import describe_outputs, find_limits, find_token_inputs
+from tvmstruct.frontends.analyse import (
+    describe_outputs,
+    find_length_inputs,
+    find_limits,
+    find_token_inputs,
+    fold_at_probes,
+)
 from tvmstruct.frontends.einsum import einsum
-from tvmstruct.frontends.fold import Folded, describe, fold, fold_static
+from tvmstruct.frontends.fold import Folded, fold
+from tvmstruct.frontends.fold_static import fold_static
+from tvmstruct.frontends.inputs import with_constants, with_shapes
+from tvmstruct.frontends.nodes import attribute, describe, text_attribute
+from tvmstruct.frontends.onnx_layers import emit_layer, take_layers
 from tvmstruct.frontends.source import Shape, Source
-from tvmstruct.frontends.validate import Graph, attribute, check_model, read_model
+from tvmstruct.frontends.validate import Graph, check_model, read_model
 
 _IMPORT_LOCK = threading.Lock()  # TVM's importer prints and keeps global state
 
 
-def from_onnx(model: str | Path | bytes | ModelProto) -> Source:
-    """Return the ``Source`` of an ONNX model (path, bytes or message; opset 9 to 21)."""
+def from_onnx(
+    model: str | Path | bytes | ModelProto,
+    *,
+    constants: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+) -> Source:
+    """Return the ``Source`` of an ONNX model (path, bytes or message; opset 9 to 21).
+
+    ``constants`` fixes inputs to a value, as ``{"sr": 16000}``: what they decide is decided once,
+    ``If`` nodes above all, and they are inputs no longer. ``shapes`` fixes or names dimensions of
+    inputs that the model leaves open, as ``{"input": ("batch", 576)}``.
+    """
     proto, folder = read_model(model)
     try:
         graph = check_model(proto, folder)
         del proto
+        graph = with_constants(with_shapes(graph, shapes or {}), constants or {})
         return source_from_graph(graph)
     except TvmstructError:
         raise
@@ -42,19 +63,20 @@ def from_onnx(model: str | Path | bytes | ModelProto) -> Source:
 
 def source_from_graph(graph: Graph, limits: Mapping[str, int] | None = None) -> Source:
     """Return the ``Source`` of a checked graph; ``limits`` replaces the search for bounds."""
-    graph = fold_static(graph)
+    graph = take_layers(fold_static(graph))
     tokens = find_token_inputs(graph)
-    outputs = describe_outputs(graph, tokens)
+    probed = fold_at_probes(graph, tokens)
 
     def build(shapes: dict[str, Shape]) -> tvm.IRModule:
         return import_folded(graph, fold(graph, shapes, tokens))
 
     return Source(
         inputs=graph.inputs,
-        outputs=outputs,
+        outputs=describe_outputs(graph, probed),
         tensors=graph.tensors,
         build=build,
         token_inputs=tokens,
+        length_inputs=find_length_inputs(graph, probed),
         find_limits=lambda: dict(limits) if limits else find_limits(graph, tokens),
         stored_dtypes=graph.stored_dtypes,
         name=graph.name,
@@ -64,18 +86,24 @@ def source_from_graph(graph: Graph, limits: Mapping[str, int] | None = None) -> 
 class _Importer(onnx_frontend.ONNXGraphImporter):
     """TVM's importer with safe lookups and errors that name the node."""
 
-    def __init__(self, folded: Folded) -> None:
+    def __init__(self, graph: Graph, folded: Folded) -> None:
         super().__init__({}, None, sanitize=False)
         self.folded = folded
         self.failed: NodeProto | None = None
         self.by_output = {n.output[0]: n for n in folded.nodes}
         self.names = {n.name: n for n in folded.nodes}
+        self.graph = graph
+
+    def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
+        """Leave it to `SUPPORTED`: recurrent operators are written here, not by TVM."""
 
     def _convert_operator(
         self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int
     ) -> relax.Expr:
         node = self.names[attrs["tvm_custom"]["name"]]
         self.failed = node
+        if (layer := self.graph.layers.get(node.name)) is not None:
+            return emit_layer(self.bb, layer, self.graph.tensors, list(inputs))
         if op_name == "Gather" and isinstance(inputs[1], relax.Expr):
             return self.bb.normalize(self._gather(node, inputs[0], inputs[1]))
         if op_name == "GatherND" and isinstance(inputs[1], relax.Expr):
@@ -112,7 +140,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         """Write zeros around a float array as an operator that passes can read, not a kernel."""
         more = [name for name in node.input[2:] if name]
         pads = self.folded.constants.get(node.input[1]) if len(node.input) > 1 else None
-        plain = attribute(node, "mode", b"constant") in (b"constant", "constant")
+        plain = text_attribute(node, "mode", "constant") == "constant"
         if pads is None or more or not plain or (pads < 0).any():
             return None
         if self.folded.dtypes[node.input[0]].kind != "f":
@@ -149,7 +177,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
 
 def import_folded(graph: Graph, folded: Folded) -> tvm.IRModule:
     """Import a folded graph into Relax and bind the shared weights as constants."""
-    importer = _Importer(folded)
+    importer = _Importer(graph, folded)
     try:
         model, weights = _to_message(graph, folded)
         with _IMPORT_LOCK, contextlib.redirect_stdout(io.StringIO()):

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
-from tvmstruct.frontends.validate import attribute
+from tvmstruct.frontends.nodes import attribute
 
 Range = tuple[int, int]
 Shape = tuple[int, ...]

@@ -34,7 +34,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A model whose input dimensions may be symbols; ``at`` folds it at fixed shapes."""
+    """A model whose input dimensions may be symbols; ``at`` folds it at fixed shapes.
+
+    ``token_inputs`` are the inputs that look up rows, with their number; ``length_inputs`` those
+    that say how many steps of each row count, with the dimension that bounds them.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -45,6 +49,7 @@ class Source:
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)
     name: str = "model"
     tables: Mapping[str, TensorTable] = field(default_factory=dict)
+    length_inputs: Mapping[str, Dim] = field(default_factory=dict)
 
     @cached_property
     def dims(self) -> dict[str, tuple[tuple[str, int], ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tvmstruct.errors import (
 )
 from tvmstruct.frontends.relax import from_relax, secure_lookups
 from tvmstruct.frontends.source import Dim, Shape, Source, TensorSpec, new_tensor
+from tvmstruct.frontends.torch_recurrent import RecurrentLayers, decompose
 from tvmstruct.frontends.validate import SMALL
 
 Axes = Mapping[int, str]
@@ -95,25 +97,28 @@ class _Importer:
         for name, value in program.state_dict.items():
             if value.numel() > SMALL and value.dtype.is_floating_point:
                 self.tensors[name] = new_tensor(_numpy(torch, value))
+        self.recurrent = RecurrentLayers(partial(_numpy, torch), self.tensors)
 
     def module(self, program: Any) -> tvm.IRModule:
         """Import ``program`` and bind the shared weights."""
         from tvm.relax.frontend.torch import from_exported_program
 
         try:
-            program = program.run_decompositions()
+            program = decompose(self.torch, program)
             mod = from_exported_program(
                 program,
                 keep_params_as_input=True,
                 unwrap_unit_return_tuple=True,
                 run_ep_decomposition=False,
+                custom_convert_map=self.recurrent.converters(program),
             )
-        except (AssertionError, NotImplementedError) as error:
-            raise UnsupportedOperatorError(f"the exported program: {error}") from error
         except TvmstructError:
             raise
+        except (AssertionError, NotImplementedError) as error:
+            raise UnsupportedOperatorError(f"the exported program: {error}") from error
         except Exception as error:
             raise ModelError(f"the exported program cannot be imported: {error}") from error
+        self.recurrent.drop_sources()
         return self._bind(program, mod)
 
     def _bind(self, program: Any, mod: tvm.IRModule) -> tvm.IRModule:
@@ -121,6 +126,9 @@ class _Importer:
         params = dict(program.named_parameters())
         binding = {}
         for var, (name, value) in zip(mod["main"].params[count:], params.items(), strict=True):
+            if name in self.recurrent.taken:  # no longer read: any value will do
+                binding[var] = tvm.runtime.empty(tuple(value.shape), var.ty.dtype.dtype)
+                continue
             shared = self.tensors.get(name)
             binding[var] = new_tensor(_numpy(self.torch, value)) if shared is None else shared
         if binding:

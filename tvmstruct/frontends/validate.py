@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -15,7 +16,13 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
+from tvmstruct.frontends.branches import BRANCHES, open_branches, walk
+from tvmstruct.frontends.nodes import own_nodes
+from tvmstruct.frontends.onnx_quantized_lstm import dequantize_layers, is_quantized
 from tvmstruct.frontends.source import TensorSpec, new_tensor
+
+if TYPE_CHECKING:
+    from tvmstruct.frontends.onnx_recurrent import Layer
 
 MIN_OPSET, MAX_OPSET = 9, 21
 MAX_TENSOR_BYTES = 1 << 36  # 64 GiB: larger declared shapes are damage or an attack
@@ -41,6 +48,7 @@ class Graph:
     opset: int
     stored_dtypes: dict[str, str]
     name: str
+    layers: dict[str, Layer] = field(default_factory=dict)  # of recurrent nodes, by node name
 
 
 def read_model(model: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | None]:
@@ -74,13 +82,14 @@ def check_model(model: ModelProto, folder: Path | None) -> Graph:
     opset = _check_header(model)
     if model.functions:
         model = _inline_functions(model)
-    graph = model.graph
-    _check_names(graph)
-    _check_operators(graph)
+    _check_names(model.graph)
+    _check_operators(model.graph)
+    graph = open_branches(model).graph
     arrays = _read_arrays(graph, folder)
     inputs = tuple(_input_specs(graph, arrays))
     outputs = tuple(_output_spec(v) for v in graph.output)
     nodes = own_nodes(n for n in graph.node if n.op_type != "Constant")
+    nodes, arrays, stored = dequantize_layers(nodes, arrays)
     _check_structure(nodes, inputs, outputs, arrays, opset)
     weights = {k: a for k, a in arrays.items() if _is_weight(a)}
     return Graph(
@@ -90,23 +99,9 @@ def check_model(model: ModelProto, folder: Path | None) -> Graph:
         tensors={k: new_tensor(a) for k, a in weights.items()},
         constants={k: a.copy() for k, a in arrays.items() if k not in weights},
         opset=opset,
-        stored_dtypes={},
+        stored_dtypes={k: d for k, d in stored.items() if k in weights},
         name=graph.name or "model",
     )
-
-
-def own_nodes(nodes: Iterable[NodeProto]) -> tuple[NodeProto, ...]:
-    """Copy nodes, so that the message with its weights can be freed, and make names unique."""
-    copies, taken = [], set()
-    for index, node in enumerate(nodes):
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copy.domain = ""
-        name = node.name or f"{node.op_type}_{index}"
-        copy.name = name if name not in taken else f"{name}#{index}"
-        taken.add(copy.name)
-        copies.append(copy)
-    return tuple(copies)
 
 
 def _is_weight(array: np.ndarray) -> bool:
@@ -144,7 +139,8 @@ def _inline_functions(model: ModelProto) -> ModelProto:
 def _check_names(graph: onnx.GraphProto) -> None:
     texts = [graph.name, *(t.name for t in graph.initializer), *(v.name for v in graph.input)]
     texts += [v.name for v in graph.output]
-    texts += [t for n in graph.node for t in (n.name, n.op_type, n.domain, *n.input, *n.output)]
+    inner = list(walk(graph.node))
+    texts += [t for n in inner for t in (n.name, n.op_type, n.domain, *n.input, *n.output)]
     broken = [t for t in texts if isinstance(t, bytes)]  # what protobuf gives for invalid UTF-8
     if broken:
         raise ModelError(f"names are not valid UTF-8: {broken[:5]}; the file is damaged")
@@ -168,22 +164,25 @@ def _check_operators(graph: onnx.GraphProto) -> None:
 
     bad = [
         f"{n.domain or 'ai.onnx'}::{n.op_type} (node {n.name or '-> ' + ', '.join(n.output)!r})"
-        for n in graph.node
-        if n.domain not in ("", "ai.onnx") or n.op_type not in SUPPORTED
+        for n in walk(graph.node)
+        if (n.domain not in ("", "ai.onnx") or n.op_type not in SUPPORTED) and not is_quantized(n)
     ]
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise UnsupportedOperatorError(
             f"operators that cannot be compiled: {'; '.join(bad[:20])}{more}. Export the model "
-            "without them (decomposed into plain ai.onnx operators, no control flow)"
+            "without them (decomposed into plain ai.onnx operators, no loops)"
         )
-    for node in graph.node:
+    for node in walk(graph.node):
         for item in node.attribute:
             _check_attribute(node, item)
 
 
 def _check_attribute(node: NodeProto, item: AttributeProto) -> None:
-    if item.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) or item.ref_attr_name:
+    graph = item.type == AttributeProto.GRAPH and item.name in BRANCHES and node.op_type == "If"
+    if (item.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) and not graph) or (
+        item.ref_attr_name
+    ):
         raise ModelError(f"node {node.name!r}: attribute {item.name!r} holds a graph; damaged file")
     if node.op_type != "Constant" and item.t.data_location == TensorProto.EXTERNAL:
         raise ModelError(
@@ -339,11 +338,3 @@ def _check_structure(
 
 def _stub(name: str, dtype: np.dtype, shape: tuple[int | str | None, ...]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
-
-
-def attribute(node: NodeProto, name: str, default: int) -> int:
-    """Return an integer attribute of a node."""
-    for item in node.attribute:
-        if item.name == name and item.type == AttributeProto.INT:
-            return item.i
-    return default

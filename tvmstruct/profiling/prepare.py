@@ -50,7 +50,11 @@ def prepare(model: Any, shapes: Shapes | None, options: Mapping[str, Any]) -> Pr
     ready.compile_bucket(fixed)
     bucket = ready.buckets[tuple(fixed[spec.name] for spec in ready.inputs)]
     own = isinstance(model, Config) and fixed == model.shapes()
-    feeds = model.inputs() if own else random_inputs(ready.inputs, fixed, ready.token_inputs)
+    feeds = (
+        model.inputs()
+        if own
+        else random_inputs(ready.inputs, fixed, ready.token_inputs, ready.longest(fixed))
+    )
     name = model.name if isinstance(model, Config) else source.name
     return Prepared(name, ready, bucket, [feeds[spec.name] for spec in ready.inputs])
 
@@ -59,9 +63,13 @@ def random_inputs(
     specs: Sequence[TensorSpec],
     shapes: Mapping[str, tuple[int, ...]],
     rows: Mapping[str, int],
+    steps: Mapping[str, int],
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Return normal floats, ids below the ``rows`` of their tables, ones for masks, else zeros."""
+    """Return normal floats, ids below the ``rows`` of their tables, ones for masks, else zeros.
+
+    Lengths are all ``steps``.
+    """
     rng, arrays = np.random.default_rng(seed), {}
     for spec in specs:
         array = arrays[spec.name] = aligned_empty(shapes[spec.name], spec.dtype)
@@ -69,6 +77,8 @@ def random_inputs(
             array[...] = rng.standard_normal(array.shape)
         elif spec.name in rows:
             array[...] = rng.integers(0, rows[spec.name], array.shape)
+        elif spec.name in steps:
+            array[...] = steps[spec.name]
         else:
             array[...] = "mask" in spec.name or array.dtype.kind == "b"
     return arrays

@@ -16,7 +16,7 @@ def main(path: str, calls: str) -> None:
     model = tvmstruct.load(path)
     names = [spec.name for spec in model.inputs]
     shapes = dict(zip(names, next(iter(model.buckets)), strict=True))
-    feeds = random_inputs(model.inputs, shapes, model.token_inputs)
+    feeds = random_inputs(model.inputs, shapes, model.token_inputs, model.longest(shapes))
     bucket = model.buckets[tuple(shapes.values())]
     arrays = [feeds[name] for name in names]
     for _ in range(int(calls)):

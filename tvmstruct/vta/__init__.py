@@ -1,0 +1,1 @@
+"""The VTA accelerator: configuration, instructions, simulator, timing, code generation."""
