@@ -13,9 +13,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_extra_is_named() -> None:
     found = run(HIDE + "tvmstruct.training")
     assert found.returncode == 1
-    message = (
-        "MissingDependencyError: tvmstruct.training needs PyTorch: pip install tvmstruct[torch]"
-    )
+    message = "tvmstruct.training needs PyTorch: pip install tvmstruct[torch]"
     assert found.stderr.strip().endswith("MissingDependencyError: " + message)
 
 
