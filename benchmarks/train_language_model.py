@@ -159,6 +159,7 @@ def caption(found: dict[str, Any]) -> str:
     """Return the sentences above the table."""
     s, c, a = found["settings"], found["coefficients"], found["alone"]
     return (
+        f"`{found['command']}`\n\n"
         f"Word-level language model of BBC news: {found['train']:,} words to train, "
         f"{found['test']:,} to test, vocabulary {s['vocabulary']:,} ({found['unknown']:.1%} of the "
         f"test words are outside it), {s['layers']} LSTM layers of {s['hidden']}; the teacher has "
@@ -169,6 +170,18 @@ def caption(found: dict[str, Any]) -> str:
         "word are of the compiled model on one thread, batch 1, a word at a time and 100 at a "
         "time.\n"
     )
+
+
+def _command() -> str:
+    """Return the command of this run, without the folder that it writes."""
+    parts = ["python benchmarks/train_language_model.py"]
+    context = click.get_current_context()
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name != "out" and value is not None and value is not False:
+            switch = option.opts[0]
+            parts.append(switch if value is True else f"{switch} {value}")
+    return " ".join(parts)
 
 
 @click.command(help=__doc__)
@@ -199,7 +212,7 @@ def main(
     experiment = Experiment(text, settings, out, seed)
     found, models = run_all(experiment)
     sizes = {"train": len(text.train), "test": len(text.test), "unknown": text.unknown}
-    found |= {"seed": seed, "settings": asdict(settings)} | sizes
+    found |= {"command": _command(), "seed": seed, "settings": asdict(settings)} | sizes
     if latency:
         add_latency(found, models, text)
     out.mkdir(parents=True, exist_ok=True)
