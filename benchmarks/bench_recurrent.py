@@ -26,8 +26,11 @@ SMALL, DENSE, SAME = 100, 1.1, 1.0
 ORT = ("onnxruntime",)  # dksplit has operators that only it runs
 PACKAGED = {
     "silero-vad, a chunk of 32 ms": SILERO,
-    "dksplit (int8, ours in f32), 22 letters": DKSPLIT,
-    "dksplit, 32 strings": replace(DKSPLIT, feeds={"chars": ((32, 22), "int64")}),
+    "dksplit, 22 letters": replace(DKSPLIT, precision="int8"),
+    "dksplit, 32 strings": replace(
+        DKSPLIT, precision="int8", feeds={"chars": ((32, 22), "int64")}, rows=32
+    ),
+    "dksplit, 22 letters, ours f32": DKSPLIT,
 }
 
 

@@ -33,8 +33,8 @@ def export(model: nn.Module) -> Source:
     h); it returns logits (steps, batch, vocabulary) and the last state: to go on, feed it again.
     Layers alone are exported too: `StructuredLSTM` and `StructuredGRU` of x (steps, batch, n_in)
     and the state, `StructuredLinear` and `StructuredLookup` of x (rows, n_in),
-    `StructuredEmbedding` of ids (steps, batch). Other modules go through ``tvmstruct.from_torch``,
-    which unrolls a structured recurrent layer at each length.
+    `StructuredEmbedding` of ids (steps, batch). Other modules that hold these layers go through
+    ``tvmstruct.from_torch``.
     Raises ModelError for a module in training mode or of another kind.
     """
     if model.training:

@@ -1,15 +1,15 @@
-"""The command line of the VTA target: ``tvmstruct vta run | dis | asm``."""
+"""The command line of the VTA target: ``tvmstruct vta run | dis | asm | timeline | ...``."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tvmstruct.errors import VtaError, VtaRunError
+from tvmstruct.vta import clocks_command, explore_command, timeline_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,14 +142,12 @@ def _design(path: Path | None) -> Config:
     return DEFAULT if path is None else Config.from_json(path)
 
 
-def _cycles(program: Sequence[Instruction], config: Config) -> dict[str, Any]:
+def _cycles(program: Sequence[Instruction], config: Config) -> dict[str, int | None]:
     """Return the predicted cycles; None where hardware would not end as the simulator did."""
-    if find_spec("tvmstruct.vta.cycles") is None:
-        return {}
-    from importlib import import_module
+    from tvmstruct.vta.cycles import predict
 
     try:
-        return {"cycles": import_module("tvmstruct.vta.cycles").predict(program, config).cycles}
+        return {"cycles": predict(program, config).cycles}
     except VtaRunError:
         return {"cycles": None}
 
@@ -164,3 +162,7 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
         rows["predicted cycles"] = result["cycles"]
     for name, value in rows.items():
         typer.echo(f"{name:<18}{value:>14,}")
+
+
+for more in (timeline_command, explore_command, clocks_command):
+    more.register(vta)

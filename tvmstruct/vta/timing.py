@@ -52,7 +52,11 @@ def jobs(stream: Iterable[Instruction], config: Config, dram: Dram) -> list[Job]
 
 
 def _check(index: int, transfer: Transfer, config: Config) -> None:
-    """Refuse a transfer that hangs hardware or is larger than its scratchpad."""
+    """Refuse a transfer that hangs hardware, is larger than its scratchpad or loads outputs."""
+    if isinstance(transfer, Load) and transfer.memory is Memory.OUT:
+        raise VtaRunError(
+            "load-memory", f"instruction {index}: nothing can be loaded into out", index
+        )
     if not transfer.y_size:
         raise VtaRunError(
             "rows",
