@@ -14,7 +14,7 @@ import tvmstruct
 from tvmstruct.training import LanguageModel, export
 
 LENGTHS = (1, 100)  # words of a call; batch 1
-ROUNDS = 30
+ROUNDS = 200
 
 
 def _feed(model: LanguageModel, ids: torch.Tensor) -> dict[str, np.ndarray]:

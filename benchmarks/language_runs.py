@@ -38,8 +38,8 @@ class Settings:
     rows: int = 32  # streams side by side
     steps: int = 35  # of back-propagation through time
     teacher: int = 830  # updates: one pass over the text
-    student: int = 300
-    alone: int = 100  # with one term of the loss, for the coefficients
+    student: int = 800
+    alone: int = 120  # with one term of the loss, for the coefficients
     teacher_rate: float = 2e-3  # of Adam
     student_rate: float = 3e-3
     warmup: int = 30
@@ -84,7 +84,7 @@ def train(
         at, extra = load_checkpoint(file, model, parts=parts)
         if extra.pop("identity") != identity:
             raise ArtifactError(f"{file}: is of other settings; choose another folder")
-        tick(at, math.nan)
+        tick(at, extra["losses"][-1])
     model.train()
     while at < run.updates:
         start = time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +144,22 @@ def table(found: dict[str, Any]) -> str:
             f"{row['lstm']:,} ({full['lstm'] / row['lstm']:.1f}x)",
             f"{row['all']:,} ({full['all'] / row['all']:.1f}x)",
             f"{row['perplexity']:.1f}",
-            *(f"{row['microseconds'][str(length)]:.1f}" for length in LENGTHS),
+            *_latency(row),
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _latency(row: dict[str, Any]) -> list[str]:
+    times = row.get("microseconds")
+    return [f"{t:.1f}" for t in times.values()] if times else ["-"] * len(LENGTHS)
 
 
 def caption(found: dict[str, Any]) -> str:
     """Return the sentences above the table."""
     s, c, a = found["settings"], found["coefficients"], found["alone"]
     return (
+        f"`{found['command']}`\n\n"
         f"Word-level language model of BBC news: {found['train']:,} words to train, "
         f"{found['test']:,} to test, vocabulary {s['vocabulary']:,} ({found['unknown']:.1%} of the "
         f"test words are outside it), {s['layers']} LSTM layers of {s['hidden']}; the teacher has "
@@ -166,31 +172,53 @@ def caption(found: dict[str, Any]) -> str:
     )
 
 
+def _command() -> str:
+    """Return the command of this run, without the folder that it writes."""
+    parts = ["python benchmarks/train_language_model.py"]
+    context = click.get_current_context()
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name != "out" and value is not None and value is not False:
+            switch = option.opts[0]
+            parts.append(switch if value is True else f"{switch} {value}")
+    return " ".join(parts)
+
+
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/language_model"))
 @click.option("--seed", default=1, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="of PyTorch, while training")
 @click.option("--quick", "fast", is_flag=True, help="a small model, under two minutes")
+@click.option("--student-updates", type=int, help="of every student, else as many as the default")
+@click.option("--alone-updates", type=int, help="of the runs with one term of the loss")
 @click.option("--articles", type=int, help="use so many articles only")
 @click.option("--latency/--no-latency", default=True, help="compile the models and time them")
 def main(
-    out: Path, seed: int, threads: int, fast: bool, articles: int | None, latency: bool
+    out: Path,
+    seed: int,
+    threads: int,
+    fast: bool,
+    student_updates: int | None,
+    alone_updates: int | None,
+    articles: int | None,
+    latency: bool,
 ) -> None:
     """Train, measure, and write ``result.json`` and ``result.md`` into the folder."""
     torch.set_num_threads(threads)
     settings = quick(Settings()) if fast else Settings()
+    given = {"student": student_updates, "alone": alone_updates}
+    settings = replace(settings, **{name: n for name, n in given.items() if n is not None})
     text = read_text(settings.vocabulary, seed, articles)
     experiment = Experiment(text, settings, out, seed)
     found, models = run_all(experiment)
     sizes = {"train": len(text.train), "test": len(text.test), "unknown": text.unknown}
-    found |= {"seed": seed, "settings": asdict(settings)} | sizes
+    found |= {"command": _command(), "seed": seed, "settings": asdict(settings)} | sizes
     if latency:
         add_latency(found, models, text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
-    if latency:
-        (out / "result.md").write_text(caption(found) + "\n" + table(found))
-        click.echo(table(found))
+    (out / "result.md").write_text(caption(found) + "\n" + table(found))
+    click.echo(table(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvmstruct import embeddings, models
+    from tvmstruct import embeddings, models, training
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import (
         Source,
@@ -60,7 +60,7 @@ _HOME = {
     "tune": "tuning",
 }
 
-_MODULES = ("embeddings", "models")
+_MODULES = ("embeddings", "models", "training")
 
 __all__ = [
     "CompiledModel",
@@ -85,6 +85,7 @@ __all__ = [
     "profile",
     "read_lookups",
     "resolve_target",
+    "training",
     "tune",
 ]
 

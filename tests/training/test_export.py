@@ -20,7 +20,9 @@ from tvmstruct.training import (
     StructuredGRU,
     StructuredLinear,
     StructuredLSTM,
+    convert,
     export,
+    plan_recurrent,
 )
 
 VOCABULARY, H = 37, 24
@@ -145,6 +147,39 @@ def test_any_module_with_structured_layers_goes_through_torch_export() -> None:
     with torch.no_grad():
         want = module(x)
     close(run(tvmstruct.compile(tvmstruct.from_torch(module, (x,))), x), [want])
+
+
+class Tagger(torch.nn.Module):
+    """A model of PyTorch's own layers."""
+
+    def __init__(self, kind: type[torch.nn.LSTM] | type[torch.nn.GRU]) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(VOCABULARY, H)
+        self.memory = kind(H, H, 2, batch_first=True)
+        self.tags = torch.nn.Linear(H, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tags(self.memory(self.words(ids))[0])
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_a_converted_model_goes_through_torch_export(kind) -> None:
+    """Its recurrent layers come out as such, with the forms and names that they have."""
+    torch.manual_seed(7)
+    plan = plan_recurrent("memory", 2, FORMS["low_rank_lgp"])
+    model, _ = convert(Tagger(kind), plan, project=False)
+    ids = torch.randint(VOCABULARY, (2, 5))
+    with torch.no_grad():
+        want = model.eval()(ids)
+    source = tvmstruct.from_torch(model, (ids,))
+    compiled = tvmstruct.compile(source)
+    close(run(compiled, ids), [want])
+    rows = {row.name: row for row in compiled.report().layers}
+    hidden = model.memory.layers[1].hidden.operator().params
+    assert rows["memory.layers.1.hidden.weight"].params == hidden
+    program = torch.export.export(model, (ids,))
+    assert sum("tvmstruct.recurrent" in str(node.target) for node in program.graph.nodes) == 2
+    torch.testing.assert_close(program.module()(ids), want)
 
 
 def test_what_is_exported_stays_when_training_goes_on() -> None:

@@ -17,6 +17,7 @@ from tvmstruct.errors import (
     TvmstructError,
     UnsupportedOperatorError,
 )
+from tvmstruct.frontends import torch_structured
 from tvmstruct.frontends.relax import from_relax, secure_lookups
 from tvmstruct.frontends.source import Dim, Shape, Source, TensorSpec, new_tensor
 from tvmstruct.frontends.torch_recurrent import RecurrentLayers, decompose
@@ -110,7 +111,10 @@ class _Importer:
                 keep_params_as_input=True,
                 unwrap_unit_return_tuple=True,
                 run_ep_decomposition=False,
-                custom_convert_map=self.recurrent.converters(program),
+                custom_convert_map={
+                    **self.recurrent.converters(program),
+                    torch_structured.NAME: torch_structured.convert_structured,
+                },
             )
         except TvmstructError:
             raise

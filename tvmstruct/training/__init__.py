@@ -32,6 +32,7 @@ from tvmstruct.training.export import export
 from tvmstruct.training.initialise import initialise
 from tvmstruct.training.language_model import LanguageModel
 from tvmstruct.training.linear import StructuredLinear
+from tvmstruct.training.lookup import StructuredLookup
 from tvmstruct.training.recurrent import StructuredGRU, StructuredLSTM
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "StructuredGRU",
     "StructuredLSTM",
     "StructuredLinear",
+    "StructuredLookup",
     "Terms",
     "balance",
     "choose_coefficients",

@@ -14,12 +14,13 @@ from torch import nn
 from tvm import relax
 
 from tvmstruct.errors import ModelError
-from tvmstruct.frontends.lookup import emit_operator
+from tvmstruct.frontends.lookup import emit_lookup, emit_operator
 from tvmstruct.frontends.recurrent import emit_recurrent
 from tvmstruct.frontends.source import Shape, Source, TensorSpec, new_tensor
 from tvmstruct.training.embedding import StructuredEmbedding
 from tvmstruct.training.language_model import LanguageModel
 from tvmstruct.training.linear import StructuredLinear, StructuredOperator, to_array
+from tvmstruct.training.lookup import StructuredLookup
 from tvmstruct.training.recurrent import StructuredCell, StructuredRecurrent
 
 R = relax.op
@@ -31,8 +32,9 @@ def export(model: nn.Module) -> Source:
     A `LanguageModel` takes ids (steps, batch) and the state h and, for an LSTM, c (layers, batch,
     h); it returns logits (steps, batch, vocabulary) and the last state: to go on, feed it again.
     Layers alone are exported too: `StructuredLSTM` and `StructuredGRU` of x (steps, batch, n_in)
-    and the state, `StructuredLinear` of x (rows, n_in), `StructuredEmbedding` of ids (steps,
-    batch). Other modules, without recurrent layers, go through ``tvmstruct.from_torch``.
+    and the state, `StructuredLinear` and `StructuredLookup` of x (rows, n_in),
+    `StructuredEmbedding` of ids (steps, batch). Other modules that hold these layers go through
+    ``tvmstruct.from_torch``.
     Raises ModelError for a module in training mode or of another kind.
     """
     if model.training:
@@ -77,6 +79,8 @@ def _graph_of(model: nn.Module) -> _Graph:
     match model:
         case StructuredLinear():
             return _linear(model)
+        case StructuredLookup():
+            return _lookup(model)
         case StructuredEmbedding():
             ids = TensorSpec("ids", "int64", ("steps", "batch"))
             rows = TensorSpec("rows", "float32", ("steps", "batch", model.embedding_dim))
@@ -96,7 +100,7 @@ def _graph_of(model: nn.Module) -> _Graph:
         case _:
             raise ModelError(
                 f"export: {type(model).__name__} is not a LanguageModel nor one of its layers; "
-                "tvmstruct.from_torch takes any module without recurrent layers"
+                "tvmstruct.from_torch takes any module"
             )
 
 
@@ -104,6 +108,21 @@ def _linear(model: StructuredLinear) -> _Graph:
     x = TensorSpec("x", "float32", ("rows", model.in_features))
     y = TensorSpec("y", "float32", ("rows", model.out_features))
     return _Graph([x], [y], lambda w, bb, v: [w.dense(model, bb, v, "")])
+
+
+def _lookup(model: StructuredLookup) -> _Graph:
+    x = TensorSpec("x", "float32", ("rows", model.in_features))
+    y = TensorSpec("y", "float32", ("rows", model.out_features))
+    layer = model.lookup()
+
+    def write(w: _Writer, bb: relax.BlockBuilder, v: relax.Expr) -> list[relax.Expr]:
+        def constant(_: np.ndarray, name: str) -> relax.Expr:
+            head, dot, tail = name.partition(".")
+            return w.constant(head + dot + tail.replace(".", "_"))
+
+        return [emit_lookup(bb, v, layer, constant)]
+
+    return _Graph([x], [y], write)
 
 
 def _language_model(model: LanguageModel) -> _Graph:

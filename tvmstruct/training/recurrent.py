@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tvmstruct.errors import ModelError
-from tvmstruct.recurrent import GATES, Cell, Recurrent
+from tvmstruct.recurrent import Cell, Recurrent
 from tvmstruct.recurrent_forms import Forms, zero_layer
 from tvmstruct.training.initialise import initialise
 from tvmstruct.training.linear import StructuredOperator, to_array, to_parameter
+from tvmstruct.training.recurrent_op import run_exported, run_steps
 
 
 class StructuredCell(nn.Module):
@@ -50,24 +51,12 @@ class StructuredCell(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y (s, b, h) and the last state of x (s, b, n_in) and state (b, h) each."""
+        if torch.compiler.is_exporting():
+            return run_exported(self, x, state)
         z = self.input(x) + self.bias
-        step = self._lstm if self.kind == "lstm" else self._gru
-        y = []
-        for sums in z.unbind(0):
-            state = step(sums, *state)
-            y.append(state[0])
-        return torch.stack(y) if y else z[..., : self.h], state
-
-    def _lstm(self, z: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        i, f, g, o = (z + self.hidden(h)).chunk(4, -1)
-        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-        return o.sigmoid() * c.tanh(), c
-
-    def _gru(self, z: Tensor, h: Tensor) -> tuple[Tensor]:
-        sums = z.chunk(3, -1)
-        own = (self.hidden(h) + self.hidden_bias).chunk(3, -1)
-        r, keep = ((sums[k] + own[k]).sigmoid() for k in (0, 1))
-        return (torch.lerp((sums[2] + r * own[2]).tanh(), h, keep),)
+        bias = [] if self.hidden_bias is None else [self.hidden_bias]
+        hidden = self.hidden
+        return run_steps(self.kind, hidden.expression, z, state, hidden.arrays(), bias)
 
 
 class StructuredRecurrent(nn.Module):
@@ -159,6 +148,3 @@ class StructuredGRU(StructuredRecurrent):
     """A GRU with structured matrices, gates r, z, n stacked; the reset gate after the product."""
 
     kind = "gru"
-
-
-assert {StructuredLSTM.kind, StructuredGRU.kind} < GATES.keys()
