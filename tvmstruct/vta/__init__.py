@@ -1,0 +1,1 @@
+"""VTA: quantisation of models for it (more parts beside this file)."""
