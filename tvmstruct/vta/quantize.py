@@ -71,17 +71,24 @@ class Options:
 class Quantised:
     """A layer as integer programs whose results are added, and what that loses on the samples.
 
-    A sum of operators is several programs, added in float on the CPU, which then also applies
-    ``relu``; anything else is one program, with ReLU inside.
+    A sum of operators is several programs, added in float on the CPU, which then also adds
+    ``bias`` and applies ``relu``; anything else is one program with both inside.
     """
 
     programs: tuple[Program, ...]
+    bias: Array | None  # (n_out,) float32, and
     relu: bool  # still to do after the sum
     error: float  # relative, of the samples' results (Frobenius)
 
     def __call__(self, x: Array) -> Array:
         """Return float32 rows for float32 rows."""
-        total = sum((program(x) for program in self.programs[1:]), self.programs[0](x))
+        return self.finish([program(x) for program in self.programs])
+
+    def finish(self, results: Sequence[Array]) -> Array:
+        """Return the layer's result for those of its programs, in float32."""
+        total = sum(results[1:], results[0])
+        if self.bias is not None:
+            total = total + self.bias
         return np.maximum(total, 0) if self.relu else total
 
 
@@ -106,16 +113,16 @@ def quantise_layer(
     x = x.astype(np.float64)
     wide = ops.cast(op, np.float64)
     added = terms(wide)
-    later = relu and len(added) > 1
+    one = len(added) == 1
     b = np.zeros(op.n_out) if bias is None else np.asarray(bias, np.float64)
     if x_scale is None:
         x_scale = _scale(float(_range(x, options)), options)
+    inside = b if one else np.zeros_like(b)
     programs = tuple(
-        _program(term, b if i == 0 else np.zeros_like(b), x, x_scale, options, relu and not later,
-                 uniform and len(added) == 1)
-        for i, term in enumerate(added)
-    )  # fmt: skip
-    found = Quantised(programs, later, 0.0)
+        _program(term, inside, x, x_scale, options, relu and one, uniform and one) for term in added
+    )
+    after = None if one or bias is None else b.astype(np.float32)
+    found = Quantised(programs, after, relu and not one, 0.0)
     want = wide.apply(x) + b
     want = np.maximum(want, 0) if relu else want
     norm = float(np.linalg.norm(want))
