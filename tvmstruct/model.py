@@ -18,7 +18,7 @@ from tvm import relax
 from tvm_ffi import from_dlpack
 
 from tvmstruct.arrays import ALIGNMENT, aligned_empty, as_array, to_numpy
-from tvmstruct.buckets import KEEP, Policy
+from tvmstruct.buckets import KEEP, Policy, shapes_at
 from tvmstruct.errors import InputError
 from tvmstruct.frontends.source import TensorSpec
 from tvmstruct.padding import Padder
@@ -157,6 +157,7 @@ class CompiledModel:
         self._dtypes = [np.dtype(s.dtype) for s in inputs]
         self._ranks = [len(s.shape) for s in inputs]
         self.padder = Padder(self)
+        self.notes: tuple[str, ...] = ()  # what else the report says
         self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
         self._records = {r.name: r for r in records}
         self._seconds: dict[str, float] = {}
@@ -253,10 +254,8 @@ class CompiledModel:
 
     def _bucket(self, sizes: Mapping[str, int]) -> Bucket:
         """Return the bucket for exactly these sizes, compiled if it must be."""
-        shapes = {s.name: s.shape for s in self.inputs}
-        key = tuple(
-            tuple(sizes[d] if isinstance(d, str) else d for d in shape) for shape in shapes.values()
-        )
+        shapes = shapes_at(self.inputs, sizes)
+        key = tuple(shapes.values())
         with self._lock:
             if key in self.buckets:
                 self.buckets.move_to_end(key)
@@ -268,7 +267,7 @@ class CompiledModel:
                     f"compile them from; it was saved with: {have}. Compile that shape with "
                     "compile_bucket() before save()"
                 )
-            bucket = self.compiler.bucket(dict(zip(shapes, key, strict=True)))
+            bucket = self.compiler.bucket(shapes)
             assert bucket.lowered is not None
             for record in bucket.lowered.layers:
                 if record.form in CUT or record.name not in self._records:
@@ -293,7 +292,8 @@ class CompiledModel:
         shapes = tuple(
             " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
         )
-        return Report(tuple(records), self.spec.key, shapes, (*self.padder.notes, *self._memory()))
+        notes = (*self.notes, *self.padder.notes, *self._memory())
+        return Report(tuple(records), self.spec.key, shapes, notes)
 
     def measure_skip(
         self, inputs: Mapping[str, Any], threads: int | None = None
@@ -373,6 +373,19 @@ class CompiledModel:
         from tvmstruct.saving import save_model
 
         save_model(self, path)
+
+    def bound(self, inputs: Mapping[str, Any] | Sequence[Any]) -> list[np.ndarray]:
+        """Return inputs by name, or in order, as the arrays that the model runs on, checked.
+
+        Raises InputError as `run` does.
+        """
+        named = isinstance(inputs, Mapping)
+        arrays = self._bind((), inputs) if named else self._bind(inputs, {})
+        self._sizes(
+            dict(zip([s.name for s in self.inputs], [a.shape for a in arrays], strict=True))
+        )
+        self._check_tokens(arrays)
+        return arrays
 
     def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
         """Return one array per input in order, with name, dtype and rank checked."""

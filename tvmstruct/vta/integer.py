@@ -38,6 +38,12 @@ class IntLinear:
         """Features that the step yields."""
         return self.op.n_out
 
+    def identity(self) -> bytes:
+        """Return bytes that are equal exactly where what a step does is."""
+        text = f"{ops.describe(self.op)} {self.relu}".encode()
+        arrays = (*self.op.leaf_arrays(), self.bias, self.shift)
+        return b"".join([text, *(a.tobytes() for a in arrays)])
+
     @cached_property
     def _wide(self) -> ops.Op:
         return ops.cast(self.op, np.float64)  # products of int8 are exact in float64
@@ -61,6 +67,10 @@ class Reorder:
         """Features that the step yields."""
         return self.index.size
 
+    def identity(self) -> bytes:
+        """Return bytes that are equal exactly where what a step does is."""
+        return self.index.tobytes()
+
     def run(self, x: Array) -> Array:
         """Return ``x`` (rows, n_in) with its features moved."""
         return np.where(self.index < 0, x.dtype.type(0), x[:, self.index])
@@ -71,18 +81,22 @@ Step = IntLinear | Reorder
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A chain of steps with the scale of its int8 input and those of its int8 output.
+    """A chain of steps with the scales of its int8 input and output.
 
-    Real numbers are ``x_scale * x`` and ``y_scale[j] * y[j]``.
+    Real numbers are ``x_scale[i] * x[i]`` and ``y_scale[j] * y[j]``.
     """
 
-    x_scale: float
+    x_scale: Array  # (1,) or (n_in,)
     steps: tuple[Step, ...]
     y_scale: Array  # (n_out,) float32
 
+    @cached_property
+    def _inverse(self) -> Array:
+        return (1 / self.x_scale).astype(np.float32)
+
     def quantise(self, x: Array) -> Array:
         """Return the int8 rows nearest to float rows ``x``, at most 127 away from zero."""
-        return np.rint(x * np.float32(1 / self.x_scale)).clip(-LARGEST, LARGEST).astype(np.int8)
+        return np.rint(x * self._inverse).clip(-LARGEST, LARGEST).astype(np.int8)
 
     def run(self, x: Array) -> Array:
         """Return int8 rows for int8 rows."""

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvmstruct import ops
-from tvmstruct.errors import InputError
 from tvmstruct.ops import Array
 from tvmstruct.vta.integer import (
     LARGEST,
@@ -32,44 +31,29 @@ from tvmstruct.vta.integer import (
     factors,
     terms,
 )
+from tvmstruct.vta.scales import TINY, Options, channel_range_of, choose_input, range_of, scale_of
 
-METHODS = ("mse", "minmax", "percentile")
-SCALES = ("channel", "tensor")
-RATIOS = np.geomspace(0.35, 1.0, 16)  # clipping points that "mse" tries, of the largest value
-VALUES = 1 << 15  # values that one tensor's clipping point is chosen on
-SIGMAS = 4.0  # a channel's range is never less than so many times its root mean square
 LARGEST_BIAS = 1 << 30
-TINY = 1e-30
 
 
-@dataclass(frozen=True)
-class Options:
-    """How scales are chosen.
+@dataclass(frozen=True, eq=False)
+class FloatLayer:
+    """``y = relu(x @ op + bias)``, what is to be quantised."""
 
-    ``method`` says which value becomes 127: "mse" the one with the least mean square error,
-    "minmax" the largest seen, "percentile" the one that ``percentile`` % of values stay under.
-    """
+    op: ops.Op
+    bias: Array | None = None
+    relu: bool = False
 
-    method: str = "mse"
-    scales: str = "channel"
-    percentile: float = 99.99
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("method", self.method, METHODS),
-            ("scales", self.scales, SCALES),
-        ):
-            if value not in known:
-                raise InputError(
-                    f"calibration: {name}={value!r} is unknown; known: {', '.join(known)}"
-                )
-        if not 50 < self.percentile <= 100:
-            raise InputError(f"calibration: percentile={self.percentile}; want 50 to 100")
+    def __call__(self, x: Array) -> Array:
+        """Return rows for rows, in the precision of ``x`` or better."""
+        y = self.op.apply(x)
+        y = y if self.bias is None else y + self.bias
+        return np.maximum(y, 0) if self.relu else y
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A layer as integer programs whose results are added, and what that loses on the samples.
+    """Layers as integer programs whose results are added, and what that loses on the samples.
 
     A sum of operators is several programs, added in float on the CPU, which then also adds
     ``bias`` and applies ``relu``; anything else is one program with both inside.
@@ -78,84 +62,67 @@ class Quantised:
     programs: tuple[Program, ...]
     bias: Array | None  # (n_out,) float32, and
     relu: bool  # still to do after the sum
-    error: float  # relative, of the samples' results (Frobenius)
+    errors: tuple[float, ...]  # relative (Frobenius), of the samples' results after each layer
 
     def __call__(self, x: Array) -> Array:
         """Return float32 rows for float32 rows."""
-        return self.finish([program(x) for program in self.programs])
-
-    def finish(self, results: Sequence[Array]) -> Array:
-        """Return the layer's result for those of its programs, in float32."""
-        total = sum(results[1:], results[0])
+        total = sum((program(x) for program in self.programs[1:]), self.programs[0](x))
         if self.bias is not None:
             total = total + self.bias
         return np.maximum(total, 0) if self.relu else total
 
+    @property
+    def error(self) -> float:
+        """The error after the last layer."""
+        return self.errors[-1]
 
-def quantise_layer(
-    op: ops.Op,
-    bias: Array | None,
-    x: Array,
-    options: Options | None = None,
-    *,
-    relu: bool = False,
-    uniform: bool = False,
-    x_scale: float | None = None,
-) -> Quantised:
-    """Return ``relu(x @ op + bias)`` in int8 with scales for inputs like ``x`` (rows, n_in).
 
-    ``uniform`` asks for one scale of all outputs, which the next layer reads as int8; ``x_scale``
-    is that of inputs which are int8 already.
+def quantise(layers: Sequence[FloatLayer], x: Array, options: Options | None = None) -> Quantised:
+    """Return layers in int8, one reading the other's, with scales for inputs like ``x``.
 
-    Raises ValueError where the operator has no int8 form.
+    ``x`` is (rows, n_in) of the first.
+
+    Raises ValueError where a layer has no int8 form, or is a sum, which the CPU adds, in a chain.
     """
     options = options or Options()
-    x = x.astype(np.float64)
-    wide = ops.cast(op, np.float64)
-    added = terms(wide)
-    one = len(added) == 1
-    b = np.zeros(op.n_out) if bias is None else np.asarray(bias, np.float64)
-    if x_scale is None:
-        x_scale = _scale(float(_range(x, options)), options)
-    inside = b if one else np.zeros_like(b)
-    programs = tuple(
-        _program(term, inside, x, x_scale, options, relu and one, uniform and one) for term in added
-    )
-    after = None if one or bias is None else b.astype(np.float32)
-    found = Quantised(programs, after, relu and not one, 0.0)
-    want = wide.apply(x) + b
-    want = np.maximum(want, 0) if relu else want
-    norm = float(np.linalg.norm(want))
-    error = float(np.linalg.norm(found(x.astype(np.float32)) - want)) / norm if norm else 0.0
-    return replace(found, error=error)
-
-
-def quantise_chain(
-    layers: Sequence[tuple[ops.Op, Array | None, bool]], x: Array, options: Options | None = None
-) -> Program:
-    """Return layers ``(op, bias, relu)``, one reading the other's int8 rows, as one program.
-
-    Raises ValueError where a layer has no int8 form, or is a sum, which the CPU adds.
-    """
-    steps: list[Step] = []
-    first: float | None = None
-    scale: float | None = None
-    y_scale = np.ones(0, np.float32)
     h = x.astype(np.float64)
-    for i, (op, bias, relu) in enumerate(layers):
-        if len(terms(op)) > 1:
-            raise ValueError("a sum of operators is added on the CPU")
-        last = i == len(layers) - 1
-        made = quantise_layer(
-            op, bias, h, options, relu=relu, uniform=not last, x_scale=scale
-        ).programs[0]
-        first = made.x_scale if first is None else first
+    if len(layers) == 1 and len(terms(layers[0].op)) > 1:
+        return _sum(layers[0], h, options)
+    if any(len(terms(layer.op)) > 1 for layer in layers):
+        raise ValueError("a sum of operators is added on the CPU")
+    steps: list[Step] = []
+    errors: list[float] = []
+    given = choose_input(ops.cast(layers[0].op, np.float64), h, options)
+    x_scale = given.scale * given.channels
+    q = Program(x_scale, (), np.ones(0)).quantise(x)
+    y_scale, scale = np.ones(0), given.scale
+    for layer in layers:
+        b = np.zeros(layer.op.n_out) if layer.bias is None else layer.bias
+        first, last = layer is layers[0], layer is layers[-1]
+        op, read = (given.op, h / given.channels) if first else (layer.op, h)
+        made = _program(op, b, read, scale, options, layer.relu, not last)
+        h, q = layer(h), made.run(q)
+        errors.append(_distance(made.dequantise(q), h))
         steps += made.steps
-        y_scale, scale = made.y_scale, float(made.y_scale[0])
-        h = ops.cast(op, np.float64).apply(h) + (0 if bias is None else bias)
-        h = np.maximum(h, 0) if relu else h
-    assert first is not None
-    return Program(first, tuple(steps), y_scale)
+        y_scale, scale = made.y_scale, float(made.y_scale.max())
+    return Quantised((Program(x_scale, tuple(steps), y_scale),), None, False, tuple(errors))
+
+
+def _sum(layer: FloatLayer, x: Array, options: Options) -> Quantised:
+    """Return a sum of operators as programs; bias and ReLU follow in float."""
+    x_scale = scale_of(float(range_of(x, options)), options)
+    none = np.zeros(layer.op.n_out)
+    programs = tuple(
+        _program(term, none, x, x_scale, options, False, False) for term in terms(layer.op)
+    )
+    bias = None if layer.bias is None else layer.bias.astype(np.float32)
+    made = Quantised(programs, bias, layer.relu, ())
+    return replace(made, errors=(_distance(made(x.astype(np.float32)), layer(x)),))
+
+
+def _distance(found: Array, want: Array) -> float:
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(found - want)) / norm if norm else 0.0
 
 
 def _program(
@@ -168,7 +135,7 @@ def _program(
     uniform: bool,
 ) -> Program:
     """Return a product, factor by factor; the last linear factor takes bias and ReLU."""
-    parts = factors(op)
+    parts = factors(ops.cast(op, np.float64))
     ends = [i for i, part in enumerate(parts) if not isinstance(part, Reorder)]
     if not ends:  # nothing but moved features: a product with the identity gives VTA the bias
         side = np.eye(op.n_out)
@@ -190,7 +157,7 @@ def _program(
         step, scales = _linear(part, b, h, scale, options, last and not uniform)
         steps.append(replace(step, relu=last and relu))
         scale, y_scale = float(scales[0]), scales
-    return Program(x_scale, tuple(steps), Reorder(order).run(y_scale[None])[0])
+    return Program(np.full(1, x_scale), tuple(steps), Reorder(order).run(y_scale[None])[0])
 
 
 def _linear(
@@ -232,10 +199,10 @@ def _channel_scales(
     """Return weight scale, shift and output scale of every channel; ``least`` fits the weights."""
     least = np.maximum(least, TINY)
     if free:
-        spread = _channel_range(y, options)
+        spread = channel_range_of(y, options)
         y_scale = np.maximum(spread, 1e-3 * spread.max(initial=TINY)) / LARGEST
     else:
-        y_scale = np.full(least.shape, max(float(_range(y, options)), TINY) / LARGEST)
+        y_scale = np.full(least.shape, max(float(range_of(y, options)), TINY) / LARGEST)
     want = np.maximum(y_scale / x_scale, least if free else least.max())
     exact = np.log2(want / least).clip(0, MOST_SHIFT)
     shift = np.floor(exact)
@@ -250,48 +217,10 @@ def _tensor_scales(
 ) -> tuple[Array, Array, Array]:
     """Return one power of two for all weights, one shift, and the output scale they make."""
     w_scale = 2.0 ** np.ceil(np.log2(max(float(least.max()), TINY)))
-    y_scale = _scale(float(_range(y, options)), options)
+    y_scale = scale_of(float(range_of(y, options)), options)
     shift = np.clip(np.round(np.log2(y_scale / (x_scale * w_scale))), 0, MOST_SHIFT)
     full = np.full(least.shape, 1.0)
     return full * w_scale, np.full(least.shape, int(shift)), full * x_scale * w_scale * 2.0**shift
-
-
-def _scale(limit: float, options: Options) -> float:
-    """Return the scale that makes ``limit`` 127, or the next power of two."""
-    scale = max(limit, TINY) / LARGEST
-    return float(2.0 ** np.ceil(np.log2(scale))) if options.scales == "tensor" else scale
-
-
-def _range(values: Array, options: Options) -> Array:
-    """Return the value of one tensor that becomes 127."""
-    flat = values.reshape(-1, 1)
-    step = -(-flat.size // VALUES)
-    top = np.abs(flat).max(initial=0.0)
-    chosen = _clipping(flat[::step], options, np.array([top]))
-    return chosen[0]
-
-
-def _channel_range(values: Array, options: Options) -> Array:
-    """Return the value of every channel (all axes but the first) that becomes 127."""
-    flat = values.reshape(len(values), -1)
-    floor = SIGMAS * np.sqrt((flat**2).mean(axis=0))
-    found = _clipping(flat, options, np.abs(flat).max(axis=0, initial=0.0))
-    return np.maximum(found, floor).reshape(values.shape[1:])
-
-
-def _clipping(values: Array, options: Options, top: Array) -> Array:
-    """Return where to clip each column of ``values`` (rows, n), whose largest are ``top``."""
-    if options.method == "minmax":
-        return top
-    if options.method == "percentile":
-        return np.percentile(np.abs(values), options.percentile, axis=0)
-    best, least = top, np.full(top.shape, np.inf)
-    for ratio in RATIOS:
-        scale = np.maximum(top * ratio, TINY) / LARGEST
-        rounded = np.rint(values / scale).clip(-LARGEST, LARGEST) * scale
-        error = ((rounded - values) ** 2).mean(axis=0)
-        best, least = np.where(error < least, top * ratio, best), np.minimum(error, least)
-    return best
 
 
 def _moved(after: Sequence[ops.Op | Reorder], n: int) -> Array:

@@ -1,0 +1,235 @@
+"""What becomes of the layers of a model that VTA takes: observed, quantised, launched.
+
+While scales are still unknown the sites of a model compute in float and remember what they read;
+from then on they compute in int8, in numpy or by launches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tvmstruct import ops
+from tvmstruct.errors import InputError, TvmstructError
+from tvmstruct.layers import Layer, Offloaded, weights_of
+from tvmstruct.ops import Array
+from tvmstruct.report import LayerRecord
+from tvmstruct.vta import sites
+from tvmstruct.vta.calibration import Calibration, Samples
+from tvmstruct.vta.integer import IntLinear, Program, factors, terms
+from tvmstruct.vta.quantize import FloatLayer, Quantised, quantise
+
+OBSERVE, FLOAT, INTEGER, LAUNCH = "observe", "float", "integer", "launch"
+UNREACHED = "the calibration batches do not reach it"
+STAYS = {  # forms of the report that VTA has nothing for
+    "attention": "VTA has no exponential for softmax",
+    "embedding": "VTA gathers no rows by ids",
+    "table": "VTA gathers no rows by ids",
+    "lookup": "VTA gathers no rows by ids",
+}
+
+Make = Callable[[IntLinear, int], Any]  # a step and its rows to a kernel with ``run``
+
+
+class Refused(TvmstructError):
+    """VTA cannot have a layer after all; lowering starts again without it."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"{key}: {why}")
+        self.key, self.why = key, why
+
+
+@dataclass(eq=False)
+class FloatSite:
+    """Layers in float; with ``samples`` it remembers what each of them reads."""
+
+    symbol: str
+    layers: tuple[tuple[str, FloatLayer], ...]
+    samples: dict[str, Samples] | None = None
+    keep: int = 0
+
+    def compute(self, x: Array) -> Array:
+        """Return float32 rows for float32 rows."""
+        for key, layer in self.layers:
+            if self.samples is not None:
+                check_finite(x, f"calibration: the input of {key}")
+                self.samples.setdefault(key, Samples(self.keep)).add(x)
+            x = layer(x).astype(np.float32)
+        return x
+
+
+@dataclass(eq=False)
+class IntegerSite:
+    """Layers in int8, whose linear steps numpy or kernels for VTA compute."""
+
+    symbol: str
+    name: str
+    layers: Quantised
+
+    def compute(self, x: Array) -> Array:
+        """Return float32 rows for float32 rows."""
+        check_finite(x, f"the input of {self.name}")
+        return self.layers(x)
+
+
+def check_finite(x: Array, what: str) -> None:
+    """Raise InputError where int8 cannot hold a value."""
+    if not np.isfinite(x).all():
+        raise InputError(
+            f"{what} has NaN or infinite values, which int8 cannot hold: "
+            "are the inputs and weights finite?"
+        )
+
+
+class Offload:
+    """All that the buckets of one model share about VTA. ``make`` builds the kernel of a step."""
+
+    def __init__(self, calibration: Calibration, make: Make) -> None:
+        self.options, self.keep, self.make = calibration.options, calibration.rows, make
+        self.state = OBSERVE
+        self.samples: dict[str, Samples] = {}
+        self.refused: dict[str, str] = {}
+        self.notes: dict[str, tuple[float, str]] = {}  # layer to error and what the report says
+        self._quantised: dict[str, Quantised] = {}
+        self._kernels: dict[tuple[str, int], Quantised] = {}
+        self._made: list[sites.Site] = []
+        self._count = itertools.count()
+
+    def obstacle(self, layer: Layer) -> str | None:
+        """Return why VTA cannot have a layer, or None."""
+        if layer.key in self.refused:
+            return self.refused[layer.key]
+        arrays = [*layer.op.arrays(), *([] if layer.bias is None else [layer.bias])]
+        if not all(np.isfinite(a).all() for a in arrays):
+            return "its weights have NaN or infinite values, which int8 cannot hold"
+        try:
+            for term in terms(layer.op):
+                factors(term)
+        except ValueError as error:
+            return str(error)
+        if self.state in (INTEGER, LAUNCH) and layer.key not in self.samples:
+            return UNREACHED
+        return None
+
+    def chains(self, layer: Layer) -> bool:
+        """Return whether a layer can read and yield int8: a sum is added in float."""
+        return len(terms(layer.op)) == 1
+
+    def symbol(self, node: Offloaded, rows: int) -> str:
+        """Return the symbol of the site that computes layers for so many rows."""
+        if self.state in (OBSERVE, FLOAT):
+            layers = tuple((layer.key, _plain(layer)) for layer in node.layers)
+            samples = self.samples if self.state == OBSERVE else None
+            site = FloatSite(self._fresh(), layers, samples, self.keep)
+        else:
+            site = self._integer_site(node, rows)
+        self._made.append(sites.enter(site))
+        return site.symbol
+
+    def taken(self) -> list[sites.Site]:
+        """Return the sites made since the last call; who runs their code must keep them."""
+        made, self._made = self._made, []
+        return made
+
+    def records(self, records: list[LayerRecord], refusals: Mapping[str, str]) -> list[LayerRecord]:
+        """Return the records, saying what runs where and why."""
+        return [self._record(record, refusals) for record in records]
+
+    def _record(self, record: LayerRecord, refusals: Mapping[str, str]) -> LayerRecord:
+        form = record.form.split(" ", maxsplit=1)[0]
+        if (why := STAYS.get(form)) is not None:
+            return replace(record, reason=_joined(f"on the CPU: {why}", record.reason))
+        if (why := refusals.get(record.name)) is not None:
+            return replace(record, reason=_joined(f"on the CPU: {why}", record.reason))
+        if record.name not in self.notes:
+            return record
+        error, note = self.notes[record.name]
+        return replace(
+            record,
+            form=f"{record.form} vta",
+            bytes=record.params,
+            error=float(np.hypot(record.error, error)),
+            reason=_joined(note, record.reason),
+        )
+
+    def _fresh(self) -> str:
+        return f"{sites.PREFIX}{id(self):x}.{next(self._count)}"
+
+    def _integer_site(self, node: Offloaded, rows: int) -> IntegerSite:
+        layers = self._quantise(node)
+        name = node.key
+        if self.state == INTEGER:
+            return IntegerSite(self._fresh(), name, layers)
+        if (name, rows) not in self._kernels:
+            self._kernels[name, rows] = self._build(node, layers, rows)
+        made = self._kernels[name, rows]
+        self._note(node, layers, made, rows)
+        return IntegerSite(digest(made, rows), name, made)
+
+    def _quantise(self, node: Offloaded) -> Quantised:
+        if node.key not in self._quantised:
+            x = self.samples[node.layers[0].key].array()
+            try:
+                self._quantised[node.key] = quantise(
+                    list(map(_plain, node.layers)), x, self.options
+                )
+            except ValueError as error:
+                raise Refused(node.layers[-1].key, str(error)) from error
+        return self._quantised[node.key]
+
+    def _build(self, node: Offloaded, layers: Quantised, rows: int) -> Quantised:
+        """Return the layers with a kernel in the place of each linear step."""
+        programs: list[Program] = []
+        for program in layers.programs:
+            try:
+                steps = tuple(
+                    self.make(step, rows) if isinstance(step, IntLinear) else step
+                    for step in program.steps
+                )
+            except TvmstructError as error:
+                raise Refused(node.layers[-1].key, str(error)) from error
+            programs.append(replace(program, steps=steps))
+        return replace(layers, programs=tuple(programs))
+
+    def _note(self, node: Offloaded, layers: Quantised, made: Quantised, rows: int) -> None:
+        """Keep what the report says of every layer of a site."""
+        first = layers.programs[0]
+        launches = sum(len(program.linear) for program in layers.programs)
+        what = f"int8 on VTA, {launches} launch{'es' if launches > 1 else ''}"
+        chained = f" with {len(node.layers) - 1} more" if len(node.layers) > 1 else ""
+        text = f"{what}{chained}; scale of x {_span(first.x_scale)}, of y {_span(first.y_scale)}"
+        for layer, error in zip(node.layers, layers.errors, strict=True):
+            for part in weights_of(layer):
+                self.notes[part.names[0]] = self.notes[part.key] = (error, text)
+
+
+def digest(layers: Quantised, rows: int) -> str:
+    """Return the symbol of a site: equal exactly where what it does is equal."""
+    found = hashlib.sha256(f"{rows} {layers.relu}".encode())
+    for program in layers.programs:
+        for array in (program.x_scale, program.y_scale):
+            found.update(array.tobytes())
+        for step in program.steps:
+            found.update(step.identity())
+    if layers.bias is not None:
+        found.update(layers.bias.tobytes())
+    return f"{sites.PREFIX}{found.hexdigest()[:32]}"
+
+
+def _plain(layer: Layer) -> FloatLayer:
+    bias = None if layer.bias is None else np.asarray(layer.bias, np.float32)
+    return FloatLayer(ops.cast(layer.op, np.float32), bias, layer.activation == "relu")
+
+
+def _span(values: Array) -> str:
+    low, high = f"{values.min():.2g}", f"{values.max():.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
