@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tvmstruct.report import LayerRecord
 from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration, Samples
 from tvmstruct.vta.integer import IntLinear, Program, factors, terms
-from tvmstruct.vta.quantize import FloatLayer, Quantised, quantise
+from tvmstruct.vta.quantize import FloatLayer, NoIntegerForm, Quantised, quantise
 
 OBSERVE, FLOAT, INTEGER, LAUNCH = "observe", "float", "integer", "launch"
 UNREACHED = "the calibration batches do not reach it"
@@ -178,23 +178,31 @@ class Offload:
                 self._quantised[node.key] = quantise(
                     list(map(_plain, node.layers)), x, self.options
                 )
-            except ValueError as error:
-                raise Refused(node.layers[-1].key, str(error)) from error
+            except NoIntegerForm as error:
+                raise Refused(node.layers[error.index].key, str(error)) from error
         return self._quantised[node.key]
 
     def _build(self, node: Offloaded, layers: Quantised, rows: int) -> Quantised:
         """Return the layers with a kernel in the place of each linear step."""
-        programs: list[Program] = []
-        for program in layers.programs:
+        programs = tuple(
+            replace(program, steps=tuple(self._kernels_of(node, layers, program, rows)))
+            for program in layers.programs
+        )
+        return replace(layers, programs=programs)
+
+    def _kernels_of(
+        self, node: Offloaded, layers: Quantised, program: Program, rows: int
+    ) -> Iterator[Any]:
+        """Yield the steps of a program with kernels for the linear ones."""
+        for i, step in enumerate(program.steps):
+            if not isinstance(step, IntLinear):
+                yield step
+                continue
             try:
-                steps = tuple(
-                    self.make(step, rows) if isinstance(step, IntLinear) else step
-                    for step in program.steps
-                )
+                yield self.make(step, rows)
             except TvmstructError as error:
-                raise Refused(node.layers[-1].key, str(error)) from error
-            programs.append(replace(program, steps=steps))
-        return replace(layers, programs=tuple(programs))
+                layer = next(n for n, end in enumerate(layers.ends) if i < end)
+                raise Refused(node.layers[layer].key, str(error)) from error
 
     def _note(self, node: Offloaded, layers: Quantised, made: Quantised, rows: int) -> None:
         """Keep what the report says of every layer of a site."""

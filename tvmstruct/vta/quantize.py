@@ -36,6 +36,14 @@ from tvmstruct.vta.scales import TINY, Options, channel_range_of, choose_input, 
 LARGEST_BIAS = 1 << 30
 
 
+class NoIntegerForm(ValueError):
+    """Layer ``index`` of a chain has no int8 form."""
+
+    def __init__(self, why: str, index: int) -> None:
+        super().__init__(why)
+        self.index = index
+
+
 @dataclass(frozen=True, eq=False)
 class FloatLayer:
     """``y = relu(x @ op + bias)``, what is to be quantised."""
@@ -63,6 +71,7 @@ class Quantised:
     bias: Array | None  # (n_out,) float32, and
     relu: bool  # still to do after the sum
     errors: tuple[float, ...]  # relative (Frobenius), of the samples' results after each layer
+    ends: tuple[int, ...]  # where each layer's steps end, in the one program of a chain
 
     def __call__(self, x: Array) -> Array:
         """Return float32 rows for float32 rows."""
@@ -82,16 +91,18 @@ def quantise(layers: Sequence[FloatLayer], x: Array, options: Options | None = N
 
     ``x`` is (rows, n_in) of the first.
 
-    Raises ValueError where a layer has no int8 form, or is a sum, which the CPU adds, in a chain.
+    Raises NoIntegerForm where a layer has none, or is a sum, which the CPU adds, in a chain.
     """
     options = options or Options()
     h = x.astype(np.float64)
     if len(layers) == 1 and len(terms(layers[0].op)) > 1:
         return _sum(layers[0], h, options)
-    if any(len(terms(layer.op)) > 1 for layer in layers):
-        raise ValueError("a sum of operators is added on the CPU")
+    for i, layer in enumerate(layers):
+        if len(terms(layer.op)) > 1:
+            raise NoIntegerForm("a sum of operators is added on the CPU", i)
     steps: list[Step] = []
     errors: list[float] = []
+    ends: list[int] = []
     given = choose_input(ops.cast(layers[0].op, np.float64), h, options)
     x_scale = given.scale * given.channels
     q = Program(x_scale, (), np.ones(0)).quantise(x)
@@ -100,23 +111,31 @@ def quantise(layers: Sequence[FloatLayer], x: Array, options: Options | None = N
         b = np.zeros(layer.op.n_out) if layer.bias is None else layer.bias
         first, last = layer is layers[0], layer is layers[-1]
         op, read = (given.op, h / given.channels) if first else (layer.op, h)
-        made = _program(op, b, read, scale, options, layer.relu, not last)
+        try:
+            made = _program(op, b, read, scale, options, layer.relu, not last)
+        except ValueError as error:
+            raise NoIntegerForm(str(error), layers.index(layer)) from error
         h, q = layer(h), made.run(q)
         errors.append(_distance(made.dequantise(q), h))
         steps += made.steps
+        ends.append(len(steps))
         y_scale, scale = made.y_scale, float(made.y_scale.max())
-    return Quantised((Program(x_scale, tuple(steps), y_scale),), None, False, tuple(errors))
+    program = Program(x_scale, tuple(steps), y_scale)
+    return Quantised((program,), None, False, tuple(errors), tuple(ends))
 
 
 def _sum(layer: FloatLayer, x: Array, options: Options) -> Quantised:
     """Return a sum of operators as programs; bias and ReLU follow in float."""
     x_scale = scale_of(float(range_of(x, options)), options)
     none = np.zeros(layer.op.n_out)
-    programs = tuple(
-        _program(term, none, x, x_scale, options, False, False) for term in terms(layer.op)
-    )
+    try:
+        programs = tuple(
+            _program(term, none, x, x_scale, options, False, False) for term in terms(layer.op)
+        )
+    except ValueError as error:
+        raise NoIntegerForm(str(error), 0) from error
     bias = None if layer.bias is None else layer.bias.astype(np.float32)
-    made = Quantised(programs, bias, layer.relu, ())
+    made = Quantised(programs, bias, layer.relu, (), (max(len(p.steps) for p in programs),))
     return replace(made, errors=(_distance(made(x.astype(np.float32)), layer(x)),))
 
 
