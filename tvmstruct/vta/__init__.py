@@ -1,1 +1,1 @@
-"""VTA: quantisation of models for it (more parts beside this file)."""
+"""The VTA accelerator: configuration, instructions, simulator, timing, code generation."""
