@@ -1,6 +1,7 @@
 """``compile(target="vta")`` with numpy in the place of VTA: calibration, reports, errors."""
 
 import gc
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,12 +11,25 @@ import tvm_ffi
 import tvmstruct
 from tests import models
 from tests.relax_modules import R, const, module
-from tvmstruct.errors import InputError, TargetError
+from tvmstruct.errors import InputError, TargetError, VtaError
 from tvmstruct.targets import TargetSpec, resolve
 from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration, Samples
+from tvmstruct.vta.integer import IntLinear
+from tvmstruct.vta.kernels import Kernel
+from tvmstruct.vta.launch import Launch, Tiles
 from tvmstruct.vta.scales import Options
 from tvmstruct.vta.target import Accelerator
+
+
+@dataclass(frozen=True, eq=False)
+class NumpyKernel(Kernel):
+    """A launch in name only: its stream is the hash of the integer step that runs instead."""
+
+    step: IntLinear
+
+    def run(self, x):
+        return self.step.run(x)
 
 
 @dataclass(frozen=True)
@@ -26,14 +40,20 @@ class Numpy(Accelerator):
 
     def kernel(self, step, rows):
         if step.n_out > self.most:
-            raise TargetError(f"{step.n_out} features do not fit")
-        return step
+            raise VtaError(f"{step.n_out} features do not fit")
+        arrays = (*step.op.arrays(), step.bias, step.shift)
+        digest = hashlib.md5(b"".join(a.tobytes() for a in arrays)).digest()
+        tiles = [
+            Tiles(name, rows, n, (1, 1)) for name, n in (("x", step.op.n_in), ("y", step.n_out))
+        ]
+        launch = Launch("numpy", self.config, digest, 0, 0, (), *tiles)
+        return NumpyKernel(launch, step)
 
 
 def target(most: int = 1 << 30) -> TargetSpec:
     spec = resolve("vta")
     assert spec.accelerator is not None
-    return replace(spec, accelerator=Numpy(spec.accelerator.config, "numpy", most))
+    return replace(spec, accelerator=Numpy(spec.accelerator.config, most))
 
 
 def encoder_batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -194,3 +214,12 @@ def test_samples_are_drawn_from_all_rows():
     few = Samples(100)
     few.add(np.ones((3, 2), np.float32))
     assert few.array().shape == (4, 2)
+
+
+def test_what_measures_a_cpu_refuses_vta(mlp, tmp_path):
+    source = tvmstruct.from_onnx(models.dense_model())
+    with pytest.raises(TargetError, match="tune measures code on a CPU"):
+        tvmstruct.tune(source, "vta", shapes={"x": (2, 24)}, database=tmp_path)
+    for model, options in ((source, {"target": "vta"}), (mlp[0], {})):
+        with pytest.raises(TargetError, match="profile measures code on a CPU"):
+            tvmstruct.profile(model, {"x": (2, 24)}, **options)
