@@ -1,8 +1,6 @@
 """``compile(target="vta")`` with numpy in the place of VTA: calibration, reports, errors."""
 
 import gc
-import hashlib
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,49 +9,19 @@ import tvm_ffi
 import tvmstruct
 from tests import models
 from tests.relax_modules import R, const, module
-from tvmstruct.errors import InputError, TargetError, VtaError
-from tvmstruct.targets import TargetSpec, resolve
-from tvmstruct.vta import sites
+from tests.vta import numpy_vta
+from tests.vta.numpy_vta import target
+from tvmstruct.errors import InputError, TargetError
+from tvmstruct.vta import kernels, sites
 from tvmstruct.vta.calibration import Calibration, Samples
-from tvmstruct.vta.integer import IntLinear
-from tvmstruct.vta.kernels import Kernel
-from tvmstruct.vta.launch import Launch, Tiles
 from tvmstruct.vta.scales import Options
-from tvmstruct.vta.target import Accelerator
 
 
-@dataclass(frozen=True, eq=False)
-class NumpyKernel(Kernel):
-    """A launch in name only: its stream is the hash of the integer step that runs instead."""
-
-    step: IntLinear
-
-    def run(self, x):
-        return self.step.run(x)
-
-
-@dataclass(frozen=True)
-class Numpy(Accelerator):
-    """An accelerator whose kernels are the integer steps themselves, none wider than ``most``."""
-
-    most: int = 1 << 30
-
-    def kernel(self, step, rows):
-        if step.n_out > self.most:
-            raise VtaError(f"{step.n_out} features do not fit")
-        arrays = (*step.op.arrays(), step.bias, step.shift)
-        digest = hashlib.md5(b"".join(a.tobytes() for a in arrays)).digest()
-        tiles = [
-            Tiles(name, rows, n, (1, 1)) for name, n in (("x", step.op.n_in), ("y", step.n_out))
-        ]
-        launch = Launch("numpy", self.config, digest, 0, 0, (), *tiles)
-        return NumpyKernel(launch, step)
-
-
-def target(most: int = 1 << 30) -> TargetSpec:
-    spec = resolve("vta")
-    assert spec.accelerator is not None
-    return replace(spec, accelerator=Numpy(spec.accelerator.config, most))
+@pytest.fixture(autouse=True, scope="module")
+def in_numpy():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "simulate", numpy_vta.simulate)
+        yield
 
 
 def encoder_batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:

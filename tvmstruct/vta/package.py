@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvmstruct.errors import TvmstructError
+from tvmstruct.errors import ArtifactError
 from tvmstruct.saving import load_model, save_model
 from tvmstruct.vta import container, sites
 from tvmstruct.vta.compiler import VtaBucket
@@ -65,9 +65,9 @@ def load_package(path: str | Path) -> CompiledModel:
     package = Package(path)
     try:
         return _restore(package)
+    except ArtifactError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, TvmstructError):
-            raise
         raise package.damaged(f"{container.MANIFEST} lacks or garbles {error}") from error
 
 
@@ -76,9 +76,9 @@ def package_launches(path: str | Path) -> list[Launch]:
     package = Package(path)
     try:
         return _launches(package)
+    except ArtifactError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, TvmstructError):
-            raise
         raise package.damaged(f"{container.MANIFEST} lacks or garbles {error}") from error
 
 
