@@ -39,3 +39,19 @@ class ProfilingError(TvmstructError, RuntimeError):
 
 class MissingDependencyError(TvmstructError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
+
+
+class VtaError(TvmstructError, ValueError):
+    """Base of what is wrong with a VTA configuration, instruction, program or run."""
+
+
+class VtaConfigError(VtaError):
+    """A VTA configuration misses a key, has an unknown one, or sizes that no design can have."""
+
+
+class VtaEncodingError(VtaError):
+    """An instruction or micro-op does not fit its bit fields, or bits are no instruction."""
+
+
+class VtaMemoryError(VtaError):
+    """Buffers of a VTA program do not fit into a scratchpad; nothing is ever spilled."""

@@ -1,1 +1,1 @@
-"""VTA: quantisation of models for it (more parts beside this file)."""
+"""VTA: instruction set, simulator, cycle model, quantisation and code generation."""
