@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvmstruct.ops import Array
+from tvmstruct.schedules.vta import vta_linear
 from tvmstruct.vta.config import Config
 from tvmstruct.vta.integer import IntLinear
 from tvmstruct.vta.launch import Launch
 
 
 def make_kernel(step: IntLinear, rows: int, config: Config) -> Kernel:
-    """Return the kernel of a linear step."""
-    raise NotImplementedError
+    """Return the kernel of a linear step.
+
+    Raises VtaError where its buffers do not fit.
+    """
+    return Kernel(vta_linear(step.op, step.bias, step.shift, step.relu, rows, config).launch)
 
 
 def simulate(launch: Launch, image: Array) -> None:
