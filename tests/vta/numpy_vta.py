@@ -14,8 +14,8 @@ from tvmstruct.errors import VtaError
 from tvmstruct.targets import TargetSpec, resolve
 from tvmstruct.vta.config import Memory
 from tvmstruct.vta.integer import IntLinear
-from tvmstruct.vta.kernels import Kernel
 from tvmstruct.vta.launch import Launch, Region, Tiles
+from tvmstruct.vta.simulated_kernel import Kernel
 from tvmstruct.vta.target import Accelerator
 
 BASE, PAGE = 0x1000, 4096

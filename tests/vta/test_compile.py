@@ -12,7 +12,7 @@ from tests.relax_modules import R, const, module
 from tests.vta import numpy_vta
 from tests.vta.numpy_vta import target
 from tvmstruct.errors import InputError, TargetError
-from tvmstruct.vta import kernels, sites
+from tvmstruct.vta import simulated_kernel, sites
 from tvmstruct.vta.calibration import Calibration, Samples
 from tvmstruct.vta.scales import Options
 
@@ -20,7 +20,7 @@ from tvmstruct.vta.scales import Options
 @pytest.fixture(autouse=True, scope="module")
 def in_numpy():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "simulate", numpy_vta.simulate)
+        patch.setattr(simulated_kernel, "simulate", numpy_vta.simulate)
         yield
 
 

@@ -10,7 +10,7 @@ from tests import models
 from tests.vta import numpy_vta
 from tests.vta.test_container import with_manifest
 from tvmstruct.errors import ArtifactError, InputError
-from tvmstruct.vta import container, kernels, sites
+from tvmstruct.vta import container, simulated_kernel, sites
 from tvmstruct.vta.container import MANIFEST
 from tvmstruct.vta.export_command import export, listing, text
 from tvmstruct.vta.package import load_package, package_launches
@@ -21,7 +21,7 @@ X = models.rng(2).normal(size=(5, 24)).astype(np.float32)
 @pytest.fixture(autouse=True, scope="module")
 def in_numpy():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "simulate", numpy_vta.simulate)
+        patch.setattr(simulated_kernel, "simulate", numpy_vta.simulate)
         yield
 
 

@@ -20,9 +20,9 @@ from tvmstruct.vta import container, sites
 from tvmstruct.vta.compiler import VtaBucket
 from tvmstruct.vta.config import Config
 from tvmstruct.vta.container import Blobs, Package
-from tvmstruct.vta.kernels import Kernel
 from tvmstruct.vta.launch import Launch, read_launch
 from tvmstruct.vta.offload import IntegerSite
+from tvmstruct.vta.simulated_kernel import Kernel
 from tvmstruct.vta.site_entry import Writer, read_layers
 from tvmstruct.vta.target import Accelerator
 

@@ -14,9 +14,9 @@ from tvmstruct.ops import Array
 from tvmstruct.vta import sites
 from tvmstruct.vta.container import Blobs, Package
 from tvmstruct.vta.integer import Program, Reorder
-from tvmstruct.vta.kernels import Kernel
 from tvmstruct.vta.launch import launch_entry
 from tvmstruct.vta.quantize import Quantised
+from tvmstruct.vta.simulated_kernel import Kernel
 
 
 def site_symbol(layers: Quantised) -> str:

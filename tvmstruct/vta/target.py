@@ -11,7 +11,7 @@ from tvmstruct.vta.config import DEFAULT, Config
 
 if TYPE_CHECKING:
     from tvmstruct.vta.integer import IntLinear
-    from tvmstruct.vta.kernels import Kernel
+    from tvmstruct.vta.simulated_kernel import Kernel
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class Accelerator:
 
         Raises VtaError where this VTA cannot have it.
         """
-        from tvmstruct.vta.kernels import make_kernel
+        from tvmstruct.vta.simulated_kernel import make_kernel
 
         return make_kernel(step, rows, self.config)
