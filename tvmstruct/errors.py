@@ -53,5 +53,20 @@ class VtaEncodingError(VtaError):
     """An instruction or micro-op does not fit its bit fields, or bits are no instruction."""
 
 
+class VtaAssemblyError(VtaError):
+    """A line of VTA assembly cannot be read; the message has its number."""
+
+
+class VtaRunError(VtaError):
+    """A VTA program cannot be run: what it addresses, its tokens, or more work than allowed.
+
+    ``rule`` names what it breaks; ``instruction`` is the index in the stream, if there is one.
+    """
+
+    def __init__(self, rule: str, message: str, instruction: int | None = None) -> None:
+        super().__init__(f"{rule}: {message}")
+        self.rule, self.instruction = rule, instruction
+
+
 class VtaMemoryError(VtaError):
     """Buffers of a VTA program do not fit into a scratchpad; nothing is ever spilled."""
