@@ -79,6 +79,12 @@ class TileNest:
     w_places: int = 2
     sums_places: int = 2
     rows_last: bool = False
+    hoist: bool = True  # bias and shifts of all channels stay on chip
+
+    def steps(self, shape: TileShape) -> int:
+        """Return how many products of a few tiles it makes of a shape."""
+        chunks = -(-shape.n // self.n) * (shape.g // self.g) * (shape.m // self.columns)
+        return chunks * (shape.k // self.k)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,8 @@ class Matmul:
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
         self.roles: list[dict[str, str]] = []  # of each step: buffers by role
-        self.rows = min(self.nest.n, self.shape.n)
+        self.rows = self.height = min(self.nest.n, self.shape.n)
+        self.base = 0
         self.func = prim_func(self._body)
 
     @property
@@ -220,16 +227,20 @@ class Matmul:
     def local(self) -> dict[str, tuple[int, int]]:
         """Return tiles and places of every local buffer, those of `arguments` but y, and sums."""
         nest, groups = self.nest, 1 if self.shape.shared else self.nest.g
-        chunk = self.nest.g * nest.m
+        chunk = nest.g * nest.m
         found = {
             "x": (self.rows * nest.g * nest.k, nest.x_places),
             "w": (groups * nest.columns * nest.k, nest.w_places),
             "sums": (self.rows * chunk, nest.sums_places),
         }
-        count = self.shape.g // nest.g * (self.shape.m // nest.m)
-        for name in self.arguments[2:-1]:
-            found[name] = (chunk, min(count, nest.w_places))
+        for name in self.operands:
+            found[name] = (self.shape.g * self.shape.m, 1) if nest.hoist else (chunk, 2)
         return found
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the arguments that ALU steps read."""
+        return self.arguments[2:-1]
 
     def _body(self) -> None:
         s, t, nest = self.shape, self.tile, self.nest
@@ -246,7 +257,7 @@ class Matmul:
             ),
             "w": argument("w", (groups, s.m, s.k, t.out, t.inp), "int8"),
         }
-        for name in self.arguments[2:-1]:
+        for name in self.operands:
             self.args[name] = argument(name, (s.g, s.m, *outs), "int32")
         self.args["y"] = argument(
             "y", (s.n, s.g, s.m, *outs), "int8", strides=strides(self.y_strides, outs)
@@ -256,10 +267,18 @@ class Matmul:
             "x": ((nest.g, nest.k, *inps), "int8"),
             "w": ((1 if s.shared else nest.g, nest.columns, nest.k, t.out, t.inp), "int8"),
             "sums": ((nest.g, nest.m, *outs), "int32"),
-        } | {name: ((nest.g, nest.m, *outs), "int32") for name in self.arguments[2:-1]}
+        }
+        held = (s.g, s.m) if nest.hoist else (nest.g, nest.m)
+        extra = {name: ((*held, *outs), "int32") for name in self.operands}
+        self.here = {
+            name: T.sblock_alloc_buffer(shape, dtype, scope="global")
+            for name, (shape, dtype) in extra.items()
+        }
+        for name in self.operands if nest.hoist else ():
+            self._load_operand(name, {}, held)
         for count, rows, base in ((whole, self.rows, 0), (int(rest > 0), rest, whole * self.rows)):
             if count:
-                self.here = {
+                self.here |= {
                     name: T.sblock_alloc_buffer(
                         (rows, *shape) if name in ("x", "sums") else shape, dtype, scope="global"
                     )
@@ -315,9 +334,14 @@ class Matmul:
             self._emit(replace(step, name="max", immediate=e.low), outer, to="sums")
 
     def _with_tiles(self, op: str, name: str, step: Step, outer: Axes) -> None:
-        load = Step("load", f"load_{name}", step.tiles[1:], step.elements)
-        self._emit(load, _only(outer, "gm"), to=name, **{"from": name})
+        if not self.nest.hoist:
+            self._load_operand(name, _only(outer, "gm"), (self.nest.g, self.nest.m))
         self._emit(replace(step, name=f"{op}_{name}", operand=name), outer, to="sums", operand=name)
+
+    def _load_operand(self, name: str, outer: Axes, extents: tuple[int, int]) -> None:
+        tiles = tuple(zip("gm", extents, strict=True))
+        load = Step("load", f"load_{name}", tiles, (self.tile.batch, self.tile.out))
+        self._emit(load, outer, to=name, **{"from": name})
 
     def _emit(self, step: Step, outer: Axes, **roles: str) -> None:
         """Emit a step between local buffers and arguments that ``roles`` name."""
@@ -331,7 +355,8 @@ class Matmul:
         }
 
         def places(role: str, index: dict) -> list:
-            return self._place(local[role], index, whole=role == elsewhere, step=step)
+            kept = self.nest.hoist and local[role] in self.operands
+            return self._place(local[role], index, whole=kept or role == elsewhere, step=step)
 
         self.steps.append(step)
         self.roles.append(local)

@@ -8,7 +8,7 @@ needs what another did (`hazards`). Where data lies on chip is the business of `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -105,7 +105,7 @@ class Driver:
         unit = Unit.COMPUTE if memory in (Memory.ACC, Memory.ACC8) else Unit.LOAD
         start = self._tile(memory, dram)
         held = Memory.ACC if memory is Memory.ACC8 else memory
-        for offset, rows, columns, stride in _transfers(dims):
+        for offset, rows, columns, stride in cut(dims):
             at = slice(sram, sram + rows * columns)
             sram = at.stop
             accesses = (
@@ -118,7 +118,7 @@ class Driver:
     def store(self, sram: int, dram: int, base: int, dims: Sequence[tuple[int, int]]) -> None:
         """Store dense accumulator tiles from ``sram`` on, low bits only, to tiles of a region."""
         start = self._tile(Memory.OUT, dram)
-        for offset, rows, columns, stride in _transfers(dims):
+        for offset, rows, columns, stride in cut(dims):
             at = slice(sram, sram + rows * columns)
             sram = at.stop
             accesses = (
@@ -245,8 +245,8 @@ class Driver:
         self._hazards.issue(unit, accesses)
 
 
-def _transfers(dims: Sequence[tuple[int, int]]):
-    """Cut a transfer into 2-D ones: yield (offset, rows, columns, stride)."""
+def cut(dims: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a transfer of (extent, stride) into 2-D ones: yield (offset, rows, columns, stride)."""
     merged: list[tuple[int, int]] = []
     for extent, stride in dims:
         if extent == 1:
