@@ -22,6 +22,7 @@ from tvmstruct.planning import Plan
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.skipping import Skip
 from tvmstruct.targets import TargetSpec, resolve
+from tvmstruct.vta.container import is_package
 
 if TYPE_CHECKING:
     from tvmstruct.vta.calibration import Batch, Calibration
@@ -112,6 +113,10 @@ def load(path: str | Path) -> CompiledModel:
 
     Raises ArtifactError where the file is damaged, of another version or for another CPU.
     """
+    if is_package(path):
+        from tvmstruct.vta.package import load_package
+
+        return load_package(path)
     from tvmstruct.saving import load_model
 
     return load_model(path)

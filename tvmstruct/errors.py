@@ -53,6 +53,10 @@ class VtaEncodingError(VtaError):
     """An instruction or micro-op does not fit its bit fields, or bits are no instruction."""
 
 
+class VtaAssemblyError(VtaError):
+    """A line of VTA assembly cannot be read; the message has its number."""
+
+
 class VtaRunError(VtaError):
     """A VTA program cannot be run: what it addresses, its tokens, or more work than allowed.
 
@@ -62,10 +66,6 @@ class VtaRunError(VtaError):
     def __init__(self, rule: str, message: str, instruction: int | None = None) -> None:
         super().__init__(f"{rule}: {message}")
         self.rule, self.instruction = rule, instruction
-
-
-class VtaAssemblyError(VtaError):
-    """A line of VTA assembly cannot be read; the message has its number."""
 
 
 class VtaMemoryError(VtaError):

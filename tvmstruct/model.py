@@ -369,10 +369,17 @@ class CompiledModel:
         return (f"intermediate results of the last: {bucket.lowered.footprint}",)
 
     def save(self, path: str | Path) -> None:
-        """Write the compiled buckets and the weights to one file; see `tvmstruct.load`."""
+        """Write the compiled buckets and the weights to one file; see `tvmstruct.load`.
+
+        A model for VTA becomes a package: a folder, or a zip where ``path`` ends so.
+        """
+        if self.spec.accelerator is not None:
+            from tvmstruct.vta.package import save_package
+
+            return save_package(self, path)
         from tvmstruct.saving import save_model
 
-        save_model(self, path)
+        return save_model(self, path)
 
     def bound(self, inputs: Mapping[str, Any] | Sequence[Any]) -> list[np.ndarray]:
         """Return inputs by name, or in order, as the arrays that the model runs on, checked.

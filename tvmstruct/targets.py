@@ -131,6 +131,16 @@ def check_runs_here(spec: TargetSpec) -> None:
         )
 
 
+def check_cpu(spec: TargetSpec, what: str) -> TargetSpec:
+    """Return a target of CPU code only; TargetError where an accelerator takes layers from it."""
+    if spec.accelerator is not None:
+        raise TargetError(
+            f"{what} measures code on a CPU, but layers of target {spec.key} run in a simulator; "
+            "report() and tvmstruct vta say what they cost there"
+        )
+    return spec
+
+
 @cache
 def host_features() -> frozenset[str]:
     """Return this machine's instruction sets under LLVM's names: the kernel's flags, else cpuid.

@@ -37,7 +37,7 @@ from tvmstruct.errors import MissingDependencyError, TargetError, TuningError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.progress import TuningProgress
 from tvmstruct.schedules.registry import Kernel
-from tvmstruct.targets import TargetSpec, host_features, resolve
+from tvmstruct.targets import TargetSpec, check_cpu, host_features, resolve
 from tvmstruct.threads import available_threads
 from tvmstruct.tuning_worker import Builder
 
@@ -138,7 +138,7 @@ def tune(
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
         raise TuningError(f"trials={trials!r}; want a whole number of at least 1")
     check_precision(precision)
-    spec = resolve(target)
+    spec = check_cpu(resolve(target), "tune")
     session = new_session(spec, precision=precision)
     bench = _Bench(spec, runner, rpc)
     records = Database(database).create()

@@ -1,7 +1,6 @@
 """``compile(target="vta")`` with numpy in the place of VTA: calibration, reports, errors."""
 
 import gc
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,30 +9,19 @@ import tvm_ffi
 import tvmstruct
 from tests import models
 from tests.relax_modules import R, const, module
+from tests.vta import numpy_vta
+from tests.vta.numpy_vta import target
 from tvmstruct.errors import InputError, TargetError
-from tvmstruct.targets import TargetSpec, resolve
-from tvmstruct.vta import sites
+from tvmstruct.vta import simulated_kernel, sites
 from tvmstruct.vta.calibration import Calibration, Samples
 from tvmstruct.vta.scales import Options
-from tvmstruct.vta.target import Accelerator
 
 
-@dataclass(frozen=True)
-class Numpy(Accelerator):
-    """An accelerator whose kernels are the integer steps themselves, none wider than ``most``."""
-
-    most: int = 1 << 30
-
-    def kernel(self, step, rows):
-        if step.n_out > self.most:
-            raise TargetError(f"{step.n_out} features do not fit")
-        return step
-
-
-def target(most: int = 1 << 30) -> TargetSpec:
-    spec = resolve("vta")
-    assert spec.accelerator is not None
-    return replace(spec, accelerator=Numpy(spec.accelerator.config, "numpy", most))
+@pytest.fixture(autouse=True, scope="module")
+def in_numpy():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulated_kernel, "simulate", numpy_vta.simulate)
+        yield
 
 
 def encoder_batch(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -194,3 +182,12 @@ def test_samples_are_drawn_from_all_rows():
     few = Samples(100)
     few.add(np.ones((3, 2), np.float32))
     assert few.array().shape == (4, 2)
+
+
+def test_what_measures_a_cpu_refuses_vta(mlp, tmp_path):
+    source = tvmstruct.from_onnx(models.dense_model())
+    with pytest.raises(TargetError, match="tune measures code on a CPU"):
+        tvmstruct.tune(source, "vta", shapes={"x": (2, 24)}, database=tmp_path)
+    for model, options in ((source, {"target": "vta"}), (mlp[0], {})):
+        with pytest.raises(TargetError, match="profile measures code on a CPU"):
+            tvmstruct.profile(model, {"x": (2, 24)}, **options)

@@ -1,1 +1,1 @@
-"""VTA: instruction set, simulator, cycle model, quantisation and code generation."""
+"""The VTA accelerator: configuration, instructions, simulator, timing, code generation."""

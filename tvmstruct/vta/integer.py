@@ -38,12 +38,6 @@ class IntLinear:
         """Features that the step yields."""
         return self.op.n_out
 
-    def identity(self) -> bytes:
-        """Return bytes that are equal exactly where what a step does is."""
-        text = f"{ops.describe(self.op)} {self.relu}".encode()
-        arrays = (*self.op.leaf_arrays(), self.bias, self.shift)
-        return b"".join([text, *(a.tobytes() for a in arrays)])
-
     @cached_property
     def _wide(self) -> ops.Op:
         return ops.cast(self.op, np.float64)  # products of int8 are exact in float64
@@ -66,10 +60,6 @@ class Reorder:
     def n_out(self) -> int:
         """Features that the step yields."""
         return self.index.size
-
-    def identity(self) -> bytes:
-        """Return bytes that are equal exactly where what a step does is."""
-        return self.index.tobytes()
 
     def run(self, x: Array) -> Array:
         """Return ``x`` (rows, n_in) with its features moved."""

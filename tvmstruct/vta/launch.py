@@ -169,6 +169,7 @@ def launch_entry(launch: Launch, blobs: Blobs) -> dict[str, Any]:
     ]
     return {
         "name": launch.name,
+        "config": launch.config.name,
         "insn": blobs.put(launch.insn),
         "base": launch.base,
         "size": launch.size,
@@ -183,6 +184,8 @@ def read_launch(entry: Mapping[str, Any], config: Config, blob: Callable[[Any], 
 
     Raises ArtifactError, KeyError, TypeError or ValueError where the entry makes no sense.
     """
+    if entry["config"] != config.name:
+        raise ValueError(f"a launch for {entry['config']} beside the configuration {config.name}")
     regions = tuple(
         Region(
             str(r["name"]),

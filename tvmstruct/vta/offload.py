@@ -6,7 +6,6 @@ from then on they compute in int8, in numpy or by launches.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration, Samples
 from tvmstruct.vta.integer import IntLinear, Program, factors, terms
 from tvmstruct.vta.quantize import FloatLayer, NoIntegerForm, Quantised, quantise
+from tvmstruct.vta.site_entry import site_symbol
 
 OBSERVE, FLOAT, INTEGER, LAUNCH = "observe", "float", "integer", "launch"
 UNREACHED = "the calibration batches do not reach it"
@@ -169,7 +169,7 @@ class Offload:
             self._kernels[name, rows] = self._build(node, layers, rows)
         made = self._kernels[name, rows]
         self._note(node, layers, made, rows)
-        return IntegerSite(digest(made, rows), name, made)
+        return IntegerSite(site_symbol(made), name, made)
 
     def _quantise(self, node: Offloaded) -> Quantised:
         if node.key not in self._quantised:
@@ -214,19 +214,6 @@ class Offload:
         for layer, error in zip(node.layers, layers.errors, strict=True):
             for part in weights_of(layer):
                 self.notes[part.names[0]] = self.notes[part.key] = (error, text)
-
-
-def digest(layers: Quantised, rows: int) -> str:
-    """Return the symbol of a site: equal exactly where what it does is equal."""
-    found = hashlib.sha256(f"{rows} {layers.relu}".encode())
-    for program in layers.programs:
-        for array in (program.x_scale, program.y_scale):
-            found.update(array.tobytes())
-        for step in program.steps:
-            found.update(step.identity())
-    if layers.bias is not None:
-        found.update(layers.bias.tobytes())
-    return f"{sites.PREFIX}{found.hexdigest()[:32]}"
 
 
 def _plain(layer: Layer) -> FloatLayer:

@@ -25,7 +25,7 @@ VALUES = 1 << 15  # values that one tensor's clipping point is chosen on
 SIGMAS = 4.0  # a channel's range is never less than so many times its root mean square
 STRENGTHS = (0.0, 0.5, 0.75)  # exponents of the smoothing that are tried
 CLIPS = (1.0, 0.85, 0.7, 0.55)  # clipping points of the input that "mse" tries with them
-PROBES = 256  # samples that decide
+PROBES = 128  # samples that decide
 TINY = 1e-30
 
 
@@ -69,8 +69,8 @@ def choose_input(op: ops.Op, x: Array, options: Options) -> Input:
     if len(tried) == 1:
         return tried[0]
     step = -(-len(x) // PROBES)
-    some = x[::step]
-    want = op.apply(some)
+    some = x[::step].astype(np.float32)
+    want = ops.cast(op, np.float32).apply(some)
     return min(tried, key=lambda given: float(np.linalg.norm(_result(given, some) - want)))
 
 
@@ -107,11 +107,13 @@ def _smoothed(op: ops.Op, x: Array, strength: float) -> tuple[Array, ops.Op]:
 
 def _result(given: Input, x: Array) -> Array:
     """Return what a layer yields with int8 inputs and int8 columns in its weights."""
-    q = np.rint(x / (given.scale * given.channels)).clip(-LARGEST, LARGEST) * given.scale
+    scale = (given.scale * given.channels).astype(np.float32)
+    q = np.rint(x / scale).clip(-LARGEST, LARGEST) * np.float32(given.scale)
     return ops.map_arrays(given.op, _rounded).apply(q)
 
 
 def _rounded(w: Array) -> Array:
+    w = w.astype(np.float32)
     if w.ndim < 2:
         return w
     scale = np.maximum(np.abs(w).max(axis=-2, keepdims=True), TINY) / LARGEST

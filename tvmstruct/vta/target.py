@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvmstruct.errors import TargetError, VtaConfigError
+from tvmstruct.vta.config import DEFAULT, Config
+
+if TYPE_CHECKING:
+    from tvmstruct.vta.integer import IntLinear
+    from tvmstruct.vta.simulated_kernel import Kernel
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A VTA of some configuration; ``key`` names what changes the streams made for it."""
+    """A VTA of some configuration, simulated on this machine."""
 
-    config: Any
-    key: str
+    config: Config
 
     @classmethod
-    def of(cls, path: str | None) -> Accelerator:
-        return cls(path, "vta")
+    def of(cls, path: Any) -> Accelerator:
+        """Return the VTA whose configuration a JSON file has, stock VTA for None."""
+        if path is None:
+            return cls(DEFAULT)
+        try:
+            return cls(Config.from_json(Path(str(path))))
+        except VtaConfigError as error:
+            raise TargetError(f'target "vta -config={path}": {error}') from error
 
-    def kernel(self, step, rows):
-        return step
+    @property
+    def key(self) -> str:
+        """The name of what changes the streams made for it."""
+        return f"vta-{self.config.name}"
+
+    def kernel(self, step: IntLinear, rows: int) -> Kernel:
+        """Return the launch of a linear step for so many rows.
+
+        Raises VtaError where this VTA cannot have it.
+        """
+        from tvmstruct.vta.simulated_kernel import make_kernel
+
+        return make_kernel(step, rows, self.config)
