@@ -3,7 +3,6 @@
 ``y[n, g, m] = clip((sum_k x[n, g, k] w[g, m, k]^T + bias[g, m]) >> shift[g, m])``, all operands
 cut into tiles: x (batch, in) int8, w (out, in) int8, sums, bias and shift (batch, out) int32 and y
 (batch, out) int8. Dense layers have one group g, block-diagonal ones several, which may share w.
-The arguments x and y are strided, so that a permutation of whole tiles costs nothing.
 
 Every step of the loops is an sblock of its own: ``load`` brings tiles into a local buffer,
 ``zero``, ``gemm`` and the ALU steps work there, ``store`` narrows to int8. Schedules tensorise
@@ -12,16 +11,14 @@ them; run as they are they compute the same on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func
-
-STEP = "tvmstruct.step"  # annotation of every sblock: its number among `Matmul.steps`
-Axes = dict[str, tuple[int, object]]  # outer loop by dimension: its extent and variable
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func
+from tvmstruct.schedules.compute.tile_step import Axes, Step, emit_step, step_block
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,12 @@ class TileEpilogue:
     shift_tiles: int = 0
     low: int | None = -128
     high: int | None = 127
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the arguments that ALU steps read."""
+        bias = ("bias",) if self.bias else ()
+        return (*bias, *(f"shift{i}" for i in range(self.shift_tiles)))
 
 
 @dataclass(frozen=True)
@@ -87,118 +90,6 @@ class TileNest:
         return chunks * (shape.k // self.k)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One tensorisable step: what it does, over how many tiles of each dimension."""
-
-    kind: str  # load, zero, gemm, alu or store
-    name: str
-    tiles: tuple[tuple[str, int], ...]  # extents of n, g, m, k as far as the step has them
-    elements: tuple[int, ...]  # of a tile; out, in and batch for gemm
-    dtype: str = "int32"  # of what it moves
-    operand: str = ""  # of alu: a buffer, or
-    immediate: int = 0
-    shared: bool = False  # of gemm: w has no groups
-
-    @property
-    def operands(self) -> dict[str, tuple[str, str]]:
-        """Its buffers by role, the target last: their dimensions and type."""
-        dims = "".join(name for name, _ in self.tiles)
-        target = {"to": (dims, "int32")}
-        match self.kind:
-            case "gemm":
-                w = "mk" if self.shared else "gmk"
-                return {"x": ("ngk", "int8"), "w": (w, "int8"), "sums": ("ngm", "int32")}
-            case "load":
-                return {"from": (dims, self.dtype), "to": (dims, self.dtype)}
-            case "store":
-                return {"from": (dims, "int32"), "to": (dims, "int8")}
-            case "alu" if self.operand:
-                return {"operand": (dims.replace("n", ""), "int32"), **target}
-            case _:
-                return target
-
-    def inside(self, role: str) -> tuple[int, ...]:
-        """Return which of `elements` index a tile of an operand."""
-        of_gemm = {"x": (2, 1), "w": (0, 1), "sums": (2, 0)}
-        return of_gemm[role] if self.kind == "gemm" else tuple(range(len(self.elements)))
-
-
-Emit = Callable[[Sequence[object]], None]
-
-
-@contextmanager
-def step_block(step: Step, outer: Axes, number: int | None = None) -> Iterator[tuple[dict, list]]:
-    """Open the loops and the sblock of a step; yields indices by dimension and in the tile.
-
-    An index is (outer, inner). A loop of extent one would be simplified away while scheduling,
-    so it is left out.
-    """
-    inner = [(name, extent) for name, extent in step.tiles if extent > 1]
-    elements = [(i, extent) for i, extent in enumerate(step.elements) if extent > 1]
-    reduced = {"k"} if step.kind == "gemm" else set()
-    with loops(*(e for _, e in inner), *(e for _, e in elements)) as variables:
-        axes: list[tuple[object, int, object, bool]] = []
-        for name, (extent, variable) in outer.items():
-            if extent > 1:
-                axes.append((("outer", name), extent, variable, name in reduced))
-        for (name, extent), variable in zip(inner, variables, strict=False):
-            axes.append((("inner", name), extent, variable, name in reduced))
-        for (i, extent), variable in zip(elements, variables[len(inner) :], strict=True):
-            axes.append((i, extent, variable, step.kind == "gemm" and i == 1))
-        spatial = [(key, e, v) for key, e, v, reduce in axes if not reduce]
-        reduction = [(key, e, v) for key, e, v, reduce in axes if reduce]
-        notes = {} if number is None else {"step": number}
-        with block(
-            step.name, [a[1:] for a in spatial], [a[1:] for a in reduction], **notes
-        ) as bound:
-            keys = [a[0] for a in spatial] + [a[0] for a in reduction]
-            at = dict(zip(keys, bound, strict=True))
-            index = {
-                name: (at.get(("outer", name), i64(0)), at.get(("inner", name), i64(0)))
-                for name in "ngmkc"
-            }
-            yield index, [at.get(i, i64(0)) for i in range(len(step.elements))]
-
-
-def emit_step(step: Step, buffers: Mapping[str, object], places: Callable) -> Emit:
-    """Return the code of a step; ``places(name, index)`` says where its tile is in a buffer."""
-
-    def emit(opened: Sequence) -> None:
-        index, element = opened
-        at = {
-            role: [*places(role, index), *(element[i] for i in step.inside(role))]
-            for role in step.operands
-        }
-        *sources, target = step.operands
-        values = [buffers[role][tuple(at[role])] for role in sources]
-        old = buffers[target][tuple(at[target])]
-        match step.kind:
-            case "gemm":
-                x, w = values
-                value = old + T.cast(x, "int32") * T.cast(w, "int32")
-            case "zero":
-                value = T.int32(0)
-            case "alu":
-                other = values[0] if values else T.int32(step.immediate)
-                value = ALU[step.name.split("_")[0]](old, other)
-            case "store":
-                value = T.cast(values[0], "int8")
-            case _:
-                value = values[0]
-        T.buffer_store(buffers[target], value, at[target])
-
-    return emit
-
-
-ALU: dict[str, Callable] = {
-    "add": lambda a, b: a + b,
-    "max": lambda a, b: T.max(a, b),
-    "min": lambda a, b: T.min(a, b),
-    "shr": lambda a, b: T.shift_right(a, b),
-}
-
-
 @dataclass(eq=False)
 class Matmul:
     """A definition: the function, its steps, and the local buffers (name, tiles, places)."""
@@ -207,8 +98,6 @@ class Matmul:
     tile: Tile
     nest: TileNest
     epilogue: TileEpilogue
-    x_strides: tuple[int, int, int]  # tiles between rows, groups and inputs
-    y_strides: tuple[int, int, int]  # tiles between rows, groups and outputs
 
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
@@ -220,9 +109,7 @@ class Matmul:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments of the function, in order."""
-        extra = ["bias"] if self.epilogue.bias else []
-        extra += [f"shift{i}" for i in range(self.epilogue.shift_tiles)]
-        return ("x", "w", *extra, "y")
+        return ("x", "w", *self.operands, "y")
 
     def local(self) -> dict[str, tuple[int, int]]:
         """Return tiles and places of every local buffer, those of `arguments` but y, and sums."""
@@ -240,28 +127,20 @@ class Matmul:
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the arguments that ALU steps read."""
-        return self.arguments[2:-1]
+        return self.epilogue.operands
 
     def _body(self) -> None:
         s, t, nest = self.shape, self.tile, self.nest
         groups = 1 if s.shared else s.g
         outs, inps = (t.batch, t.out), (t.batch, t.inp)
 
-        def strides(tiles: tuple[int, ...], size: tuple[int, int]) -> list[int]:
-            area = size[0] * size[1]
-            return [*(step * area for step in tiles), size[1], 1]
-
         self.args: dict[str, object] = {
-            "x": argument(
-                "x", (s.n, s.g, s.k, *inps), "int8", strides=strides(self.x_strides, inps)
-            ),
+            "x": argument("x", (s.n, s.g, s.k, *inps), "int8"),
             "w": argument("w", (groups, s.m, s.k, t.out, t.inp), "int8"),
         }
         for name in self.operands:
             self.args[name] = argument(name, (s.g, s.m, *outs), "int32")
-        self.args["y"] = argument(
-            "y", (s.n, s.g, s.m, *outs), "int8", strides=strides(self.y_strides, outs)
-        )
+        self.args["y"] = argument("y", (s.n, s.g, s.m, *outs), "int8")
         whole, rest = divmod(s.n, self.rows)
         shapes = {
             "x": ((nest.g, nest.k, *inps), "int8"),
@@ -307,11 +186,12 @@ class Matmul:
         s, t, nest = self.shape, self.tile, self.nest
         n, g = ("n", self.height), ("g", nest.g)
         m, k = ("m", nest.columns), ("k", nest.k)
-        x = Step("load", "load_x", (n, g, k), (t.batch, t.inp), "int8")
-        self._emit(x, _only(outer, "ngk"), to="x", **{"from": "x"})
         weights = (m, k) if s.shared else (g, m, k)
         w = Step("load", "load_w", weights, (t.out, t.inp), "int8")
         self._emit(w, _only(outer, "mck" if s.shared else "gmck"), to="w", **{"from": "w"})
+        # After w, which is there already where x is the result of a product before.
+        x = Step("load", "load_x", (n, g, k), (t.batch, t.inp), "int8")
+        self._emit(x, _only(outer, "ngk"), to="x", **{"from": "x"})
         tiles, elements = (k, n, g, m), (t.out, t.inp, t.batch)
         self._emit(Step("gemm", "gemm", tiles, elements, shared=s.shared), outer)
 
