@@ -125,14 +125,14 @@ class Machine:
         found = order(program, self.tokens)
         if strict:
             verify(program, image, base, self.config, level, state=self.state, found=found)
-        launch = _Launch(self, program, memory, level if strict else None)
+        launch = Launch(self, program, memory, level if strict else None)
         for index in found.sequence:
             launch.run(index)
         self.tokens = dict(found.left)
         return Run(image, launch.counters, found.sequence)
 
 
-class _Launch:
+class Launch:
     """One program on a machine, instruction by instruction."""
 
     def __init__(
