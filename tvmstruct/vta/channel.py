@@ -7,9 +7,11 @@ beat of a request is known when it is admitted, and nothing is simulated cycle b
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 FETCH, UOP, INP, WGT, ACC = range(5)
 """Clients by priority, the first highest."""
@@ -47,38 +49,59 @@ class ReadChannel:
 
     def __init__(self, dram: Dram) -> None:
         self.dram = dram
-        self.waiting: dict[int, deque[int]] = {}
-        self.served: deque[int] = deque()
+        self.waiting: dict[int, _Wish] = {}
+        self.served: deque[int] = deque(maxlen=dram.outstanding)  # last beats, newest last
         self.free = 0
         self.next_admission = 0
         self.busy = 0
-        self.last_client = FETCH
 
-    def ask(self, client: int, bursts: Iterable[int]) -> None:
+    def ask(self, client: int, bursts: Sequence[int]) -> None:
         """Let ``client`` wait for the admission of all its ``bursts``, one after the other."""
-        self.waiting[client] = deque(bursts)
+        self.waiting[client] = _Wish(list(accumulate(bursts, initial=0)))
 
-    def admit(self, now: int) -> tuple[int | None, int]:
-        """Admit one request at ``now``, or none.
+    def admit(self, now: int, until: int) -> tuple[int | None, int]:
+        """Admit one request at ``now``, or none; many if one client waits and all is quiet.
 
-        Returns the client whose last request was admitted, or None, and the time of that
-        request's last beat; where nothing could be admitted, the time to ask again instead.
+        Nothing else happens before ``until``.  Returns the client whose last request was
+        admitted, or None, and the time of that request's last beat; where nothing could be
+        admitted, the time to ask again instead.
         """
-        served = self.served
-        while served and served[0] <= now:
-            served.popleft()
-        full = len(served) >= self.dram.outstanding
-        if full or now < self.next_admission:
-            return None, max(self.next_admission, served[0] if full else 0)
+        outstanding, served = self.dram.outstanding, self.served
+        oldest = served[0] if len(served) == outstanding else 0
+        if oldest > now or now < self.next_admission:
+            return None, max(self.next_admission, oldest)
         client = min(self.waiting)
-        bursts = self.waiting[client]
-        beats = bursts.popleft()
+        wish = self.waiting[client]
         begin = self.free if self.free > now else now + self.dram.latency
-        self.free = begin + beats
-        self.busy += beats
-        served.append(self.free)
-        self.next_admission = now + 1
-        if bursts:
+        count = self._quiet(wish, begin, until) if len(self.waiting) == 1 else 1
+        first = wish.sums[wish.next]
+        ends = [begin + end - first for end in wish.sums[wish.next + 1 : wish.next + 1 + count]]
+        # The k-th of these is admitted when the request ``outstanding`` before it is done.
+        window = [*served, *ends]
+        gate = len(window) - 1 - outstanding
+        self.next_admission = 1 + max(now + count - 1, window[gate] if gate >= 0 else 0)
+        served.extend(ends)
+        self.free = ends[-1]
+        self.busy += self.free - begin
+        wish.next += count
+        if wish.next < len(wish.sums) - 1:
             return None, self.next_admission
         del self.waiting[client]
         return client, self.free
+
+    def _quiet(self, wish: _Wish, begin: int, until: int) -> int:
+        """Return how many requests, at least one, are over before ``until``.
+
+        With one client there is no gap between them: the queue never runs empty, for a request is
+        admitted long before those ahead of it are served.
+        """
+        last = bisect_right(wish.sums, until - begin + wish.sums[wish.next]) - 1
+        return max(1, last - wish.next)
+
+
+@dataclass(slots=True)
+class _Wish:
+    """Running sums of the beats of a client's requests, and which request is next."""
+
+    sums: list[int]
+    next: int = 0

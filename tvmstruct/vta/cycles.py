@@ -20,7 +20,7 @@ class Prediction:
     """What ``predict`` found of a program.
 
     ``cycles`` are those from launch to finish, ``busy`` those in which each unit ran an
-    instruction, ``matrix_cycles`` those in which the matrix unit began a tile operation, and
+    instruction, ``matrix_cycles`` those in which the matrix unit multiplied (resets do not), and
     ``read_beats`` those in which the read channel moved data.  ``spans`` has an entry for each
     instruction that was dispatched; ``end`` is -1 where it had not ended at the finish.
     """
@@ -34,7 +34,7 @@ class Prediction:
 
     @property
     def utilisation(self) -> float:
-        """Return the share of cycles in which the matrix unit began a tile operation."""
+        """Return the share of cycles in which the matrix unit multiplied."""
         return self.matrix_cycles / self.cycles
 
     @cached_property
@@ -80,6 +80,6 @@ def predict(
     for instruction, span in zip(stream, engine.spans, strict=False):
         if span.end >= 0:
             busy[UNITS[unit_of(instruction)]] += span.end - span.start
-            if isinstance(instruction, Gemm):
+            if isinstance(instruction, Gemm) and not instruction.reset:
                 matrix += tile_operations(instruction)
     return Prediction(stream, cycles, busy, matrix, engine.channel.busy, engine.spans)

@@ -29,6 +29,8 @@ CHUNK, QUEUE = 128, 512  # instructions
 INSTRUCTION_BYTES = 16
 ASK_FETCH, DECODE_FETCH = 2, 3  # cycles before the request, and from its last beat to dispatch
 
+FAR = 1 << 62  # cycles
+
 ARRIVE, FINISH, ASK, ADMIT, BEAT, FETCHED = range(6)
 
 
@@ -126,7 +128,7 @@ class Engine:
         """Admit requests until one must wait or something else happens first."""
         channel, events = self.channel, self.events
         while channel.waiting:
-            client, then = channel.admit(now)
+            client, then = channel.admit(now, events[0][0] if events else FAR)
             if client is not None:
                 index = self.asked.pop(client)
                 heappush(events, (then, BEAT if index >= 0 else FETCHED, index))

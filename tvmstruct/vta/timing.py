@@ -9,6 +9,8 @@ which about 20 cycles of latency leave room.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
+from math import gcd
 
 from tvmstruct.errors import VtaRunError
 from tvmstruct.vta.channel import ACC, INP, UOP, WGT, Dram
@@ -108,24 +110,28 @@ def _arithmetic(instruction: Gemm | Alu) -> int:
     return count + PIPELINE
 
 
-def _rows(transfer: Transfer, config: Config, dram: Dram) -> list[list[int]]:
-    """Return the bursts of each row."""
+def _bursts(transfer: Transfer, config: Config, dram: Dram) -> list[int]:
+    """Return the beats of all bursts, row by row; rows repeat once they lie alike in a block."""
     tile = config.tile_bytes(transfer.memory)
     start, pitch = transfer.dram_base * tile, transfer.x_stride * tile
-    count = transfer.x_size * tile
-    return [dram.bursts(start + row * pitch, count) for row in range(transfer.y_size)]
+    count, rows = transfer.x_size * tile, transfer.y_size
+    block = dram.burst_beats * dram.bus_bytes
+    period = min(rows, block // gcd(pitch, block))
+    each = [dram.bursts(start + row * pitch, count) for row in range(period)]
+    times, rest = divmod(rows, period)
+    return times * list(chain(*each)) + list(chain(*each[:rest]))
 
 
 def _store(store: Store, config: Config, dram: Dram) -> int:
     """Return the cycles of a store: writes have no latency, one burst is under way at a time."""
-    bursts = sum(len(row) for row in _rows(store, config, dram))
+    bursts = len(_bursts(store, config, dram))
     tile = -(-config.tile_bytes(Memory.OUT) // dram.bus_bytes) + STORE_TILE
     return tile * store.x_size * store.y_size + STORE_BURST * bursts + STORE_END
 
 
 def _load(load: Load, config: Config, dram: Dram) -> tuple[list[int], int, int, int]:
     """Return bursts, cycles before the first, occupancy with free memory, slack of pads."""
-    bursts = [beats for row in _rows(load, config, dram) for beats in row]
+    bursts = _bursts(load, config, dram)
     pads = load.rows * load.row_tiles - load.y_size * load.x_size
     if pads and not (load.x_pad_0 or load.x_pad_1) and load.y_pad_1:
         pads += load.y_size
