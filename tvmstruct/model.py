@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from tvmstruct.pipeline import Lowered
     from tvmstruct.skip_analysis import SkipStatistics
 
-CUT = ("attention", "feed-forward")  # forms that depend on the shape: the last one is reported
+CUT = (
+    "attention",
+    "feed-forward",
+    " vta",
+)  # ends of forms that depend on the shape: the last one is reported
 Shapes = Mapping[str, Sequence[int]]
 Key = tuple[tuple[int, ...], ...]
 
@@ -78,6 +82,13 @@ class Bucket:
         self._copied: frozenset[int] | None = None
         # The arrays of the last call, where none needed a copy, and the tensors on their memory.
         self.last: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report says of the bucket that was compiled last."""
+        if self.lowered is None:
+            return ()
+        return (f"intermediate results of the last: {self.lowered.footprint}",)
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run on arrays of exactly the compiled shapes and dtypes."""
@@ -270,7 +281,7 @@ class CompiledModel:
             bucket = self.compiler.bucket(shapes)
             assert bucket.lowered is not None
             for record in bucket.lowered.layers:
-                if record.form in CUT or record.name not in self._records:
+                if record.form.endswith(CUT) or record.name not in self._records:
                     self._records[record.name] = record
             self.buckets[key] = bucket
             while len(self.buckets) > KEEP and self.policy.kind != "fixed":
@@ -292,7 +303,8 @@ class CompiledModel:
         shapes = tuple(
             " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
         )
-        notes = (*self.notes, *self.padder.notes, *self._memory())
+        last = next(reversed(self.buckets.values()), None)
+        notes = (*self.notes, *self.padder.notes, *(() if last is None else last.notes))
         return Report(tuple(records), self.spec.key, shapes, notes)
 
     def measure_skip(
@@ -360,13 +372,6 @@ class CompiledModel:
         caches = caches or host_caches(self.threads or self.spec.threads)
         at = " ".join(dict.fromkeys("x".join(map(str, s)) for s in bucket.shapes))
         return energy_report(bucket.lowered, caches, at)
-
-    def _memory(self) -> tuple[str, ...]:
-        """Return a note on the memory of the bucket that was compiled last."""
-        bucket = next(reversed(self.buckets.values()), None)
-        if bucket is None or bucket.lowered is None:
-            return ()
-        return (f"intermediate results of the last: {bucket.lowered.footprint}",)
 
     def save(self, path: str | Path) -> None:
         """Write the compiled buckets and the weights to one file; see `tvmstruct.load`.

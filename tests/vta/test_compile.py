@@ -57,8 +57,11 @@ def test_an_mlp_is_wholly_on_vta(mlp):
     up, down = model.report().layers
     for record in (up, down):
         assert record.form == "dense vta"
-        assert record.reason.startswith("int8 on VTA, 2 launches with 1 more; scale of x ")
+        assert record.reason.startswith("int8 on VTA: 1 launch, ")
         assert 0.005 < record.error < 0.03
+    assert "; scale of x 0.0" in up.reason
+    assert "; y stays int8" in up.reason
+    assert "; x is int8 already; of y 0.0" in down.reason
     assert up.error < down.error
     (bucket,) = [b for key, b in model.buckets.items() if key == ((7, 24),)]
     assert len(bucket.sites) == 1
@@ -67,7 +70,9 @@ def test_an_mlp_is_wholly_on_vta(mlp):
 def test_int8_against_float_is_in_the_report(mlp):
     (note,) = mlp[0].notes
     assert note.startswith("int8 against float on 1 calibration batch: cosine 0.999")
-    assert note in str(mlp[0].report().notes)
+    notes = mlp[0].report().notes
+    assert notes[0] == note
+    assert any(n.startswith("VTA in the last: 2 launches, ") for n in notes)
 
 
 def test_an_encoder_says_what_stays_on_the_cpu(encoder):
@@ -106,7 +111,7 @@ def test_structured_layers_run_factor_by_factor():
     assert cosine(model(x), exact(x)) > 0.999
     first = model.report().layers[0]
     assert first.form.endswith(" vta")
-    assert first.reason.startswith("int8 on VTA, 3 launches with 1 more")
+    assert first.reason.startswith("int8 on VTA: 2 launches, ")
 
 
 def test_sites_go_with_the_model():

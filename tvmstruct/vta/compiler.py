@@ -16,7 +16,17 @@ from tvmstruct.model import Bucket
 from tvmstruct.padding import Padder
 from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration
-from tvmstruct.vta.offload import FLOAT, INTEGER, LAUNCH, OBSERVE, Make, Offload, Refused
+from tvmstruct.vta.offload import (
+    FLOAT,
+    INTEGER,
+    LAUNCH,
+    OBSERVE,
+    IntegerSite,
+    Make,
+    Offload,
+    Refused,
+    cost,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +52,18 @@ class VtaBucket(Bucket):
         """Run on the tensors of the last call."""
         with sites.errors_of_sites():
             return super().run_single(tensors)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What all launches of a call cost."""
+        steps = [
+            step
+            for site in self.sites
+            if isinstance(site, IntegerSite)
+            for program in site.layers.programs
+            for step in program.steps
+        ]
+        return (f"VTA in the last: {cost(steps)}", *super().notes)
 
     def keep(self, made: Sequence[sites.Site], outputs: int) -> VtaBucket:
         """Keep sites alive, and copy every output: a second call to see which must be is long."""

@@ -7,7 +7,7 @@ from then on they compute in int8, in numpy or by launches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration, Samples
 from tvmstruct.vta.integer import IntLinear, Program, factors, terms
 from tvmstruct.vta.quantize import FloatLayer, NoIntegerForm, Quantised, quantise
+from tvmstruct.vta.simulated_kernel import Kernel
 from tvmstruct.vta.site_entry import site_symbol
 
 OBSERVE, FLOAT, INTEGER, LAUNCH = "observe", "float", "integer", "launch"
@@ -168,7 +169,7 @@ class Offload:
         if (name, rows) not in self._kernels:
             self._kernels[name, rows] = self._build(node, layers, rows)
         made = self._kernels[name, rows]
-        self._note(node, layers, made, rows)
+        self._note(node, made, rows)
         return IntegerSite(site_symbol(made), name, made)
 
     def _quantise(self, node: Offloaded) -> Quantised:
@@ -204,16 +205,29 @@ class Offload:
                 layer = next(n for n, end in enumerate(layers.ends) if i < end)
                 raise Refused(node.layers[layer].key, str(error)) from error
 
-    def _note(self, node: Offloaded, layers: Quantised, made: Quantised, rows: int) -> None:
+    def _note(self, node: Offloaded, made: Quantised, rows: int) -> None:
         """Keep what the report says of every layer of a site."""
-        first = layers.programs[0]
-        launches = sum(len(program.linear) for program in layers.programs)
-        what = f"int8 on VTA, {launches} launch{'es' if launches > 1 else ''}"
-        chained = f" with {len(node.layers) - 1} more" if len(node.layers) > 1 else ""
-        text = f"{what}{chained}; scale of x {_span(first.x_scale)}, of y {_span(first.y_scale)}"
-        for layer, error in zip(node.layers, layers.errors, strict=True):
+        x_scale, y_scale = made.programs[0].x_scale, made.programs[-1].y_scale
+        start = 0
+        for layer, end, error in zip(node.layers, made.ends, made.errors, strict=True):
+            steps = [step for program in made.programs for step in program.steps[start:end]]
+            text = _joined(
+                f"int8 on VTA: {cost(steps)} for {rows} rows",
+                f"scale of x {_span(x_scale)}" if start == 0 else "x is int8 already",
+                f"of y {_span(y_scale)}" if layer is node.layers[-1] else "y stays int8",
+            )
+            start = end
             for part in weights_of(layer):
                 self.notes[part.names[0]] = self.notes[part.key] = (error, text)
+
+
+def cost(steps: Iterable[Any]) -> str:
+    """Return how many of some steps are launches, and the cycles predicted for them, in words."""
+    kernels = [step for step in steps if isinstance(step, Kernel)]
+    cycles = sum(kernel.prediction.cycles for kernel in kernels)
+    busy = sum(kernel.prediction.matrix_cycles for kernel in kernels)
+    launches = f"{len(kernels)} launch{'' if len(kernels) == 1 else 'es'}"
+    return f"{launches}, {cycles:,} cycles, matrix unit {busy / max(cycles, 1):.0%} busy"
 
 
 def _plain(layer: Layer) -> FloatLayer:

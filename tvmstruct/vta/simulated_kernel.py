@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from tvmstruct.ops import Array
 from tvmstruct.schedules.vta import vta_linear
+from tvmstruct.vta import simulator
 from tvmstruct.vta.config import Config
+from tvmstruct.vta.cycles import Prediction, predict
+from tvmstruct.vta.instructions import Instruction
 from tvmstruct.vta.integer import IntLinear
+from tvmstruct.vta.isa import decode_stream
 from tvmstruct.vta.launch import Launch
 
 
@@ -19,24 +25,45 @@ def make_kernel(step: IntLinear, rows: int, config: Config) -> Kernel:
     return Kernel(vta_linear(step.op, step.bias, step.shift, step.relu, rows, config).launch)
 
 
-def simulate(launch: Launch, image: Array) -> None:
-    """Run a launch on its memory."""
-    raise NotImplementedError
-
-
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A launch that runs in the simulator."""
+    """A launch that runs in the simulator.
+
+    The first run is strict: it refuses a stream that hardware would treat differently. What
+    follows has the same stream, so it is not checked again.
+    """
 
     launch: Launch
+    _checked: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
     def n_out(self) -> int:
         """Features that it yields."""
         return self.launch.y.features
 
+    @cached_property
+    def program(self) -> list[Instruction]:
+        """The instructions of its stream."""
+        return decode_stream(self.launch.insn, self.launch.config)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The cycles that hardware takes for it."""
+        return predict(self.program, self.launch.config)
+
     def run(self, x: Array) -> Array:
-        """Return int8 rows for int8 rows."""
-        image = self.launch.image(x)
-        simulate(self.launch, image)
+        """Return int8 rows for int8 rows.
+
+        Raises VtaError where the stream is no program for its VTA.
+        """
+        image = simulate(self.launch, self.program, self.launch.image(x), self._checked.is_set())
+        self._checked.set()
         return self.launch.result(image)
+
+
+def simulate(
+    launch: Launch, program: list[Instruction], image: Array, checked: bool = False
+) -> Array:
+    """Return the memory after a launch on ``image`` (bytes,) uint8."""
+    config, base = launch.config, launch.base
+    return simulator.simulate(program, image, base, config, strict=not checked).dram
