@@ -3,7 +3,6 @@
 ``y[n, g, m] = clip((sum_k x[n, g, k] w[g, m, k]^T + bias[g, m]) >> shift[g, m])``, all operands
 cut into tiles: x (batch, in) int8, w (out, in) int8, sums, bias and shift (batch, out) int32 and y
 (batch, out) int8. Dense layers have one group g, block-diagonal ones several, which may share w.
-The arguments x and y are strided, so that a permutation of whole tiles costs nothing.
 
 Every step of the loops is an sblock of its own: ``load`` brings tiles into a local buffer,
 ``zero``, ``gemm`` and the ALU steps work there, ``store`` narrows to int8. Schedules tensorise
@@ -12,16 +11,14 @@ them; run as they are they compute the same on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func
-
-STEP = "tvmstruct.step"  # annotation of every sblock: its number among `Matmul.steps`
-Axes = dict[str, tuple[int, object]]  # outer loop by dimension: its extent and variable
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func
+from tvmstruct.schedules.compute.tile_step import Axes, Step, emit_step, step_block
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,12 @@ class TileEpilogue:
     shift_tiles: int = 0
     low: int | None = -128
     high: int | None = 127
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the arguments that ALU steps read."""
+        bias = ("bias",) if self.bias else ()
+        return (*bias, *(f"shift{i}" for i in range(self.shift_tiles)))
 
 
 @dataclass(frozen=True)
@@ -79,118 +82,12 @@ class TileNest:
     w_places: int = 2
     sums_places: int = 2
     rows_last: bool = False
+    hoist: bool = True  # bias and shifts of all channels stay on chip
 
-
-@dataclass(frozen=True)
-class Step:
-    """One tensorisable step: what it does, over how many tiles of each dimension."""
-
-    kind: str  # load, zero, gemm, alu or store
-    name: str
-    tiles: tuple[tuple[str, int], ...]  # extents of n, g, m, k as far as the step has them
-    elements: tuple[int, ...]  # of a tile; out, in and batch for gemm
-    dtype: str = "int32"  # of what it moves
-    operand: str = ""  # of alu: a buffer, or
-    immediate: int = 0
-    shared: bool = False  # of gemm: w has no groups
-
-    @property
-    def operands(self) -> dict[str, tuple[str, str]]:
-        """Its buffers by role, the target last: their dimensions and type."""
-        dims = "".join(name for name, _ in self.tiles)
-        target = {"to": (dims, "int32")}
-        match self.kind:
-            case "gemm":
-                w = "mk" if self.shared else "gmk"
-                return {"x": ("ngk", "int8"), "w": (w, "int8"), "sums": ("ngm", "int32")}
-            case "load":
-                return {"from": (dims, self.dtype), "to": (dims, self.dtype)}
-            case "store":
-                return {"from": (dims, "int32"), "to": (dims, "int8")}
-            case "alu" if self.operand:
-                return {"operand": (dims.replace("n", ""), "int32"), **target}
-            case _:
-                return target
-
-    def inside(self, role: str) -> tuple[int, ...]:
-        """Return which of `elements` index a tile of an operand."""
-        of_gemm = {"x": (2, 1), "w": (0, 1), "sums": (2, 0)}
-        return of_gemm[role] if self.kind == "gemm" else tuple(range(len(self.elements)))
-
-
-Emit = Callable[[Sequence[object]], None]
-
-
-@contextmanager
-def step_block(step: Step, outer: Axes, number: int | None = None) -> Iterator[tuple[dict, list]]:
-    """Open the loops and the sblock of a step; yields indices by dimension and in the tile.
-
-    An index is (outer, inner). A loop of extent one would be simplified away while scheduling,
-    so it is left out.
-    """
-    inner = [(name, extent) for name, extent in step.tiles if extent > 1]
-    elements = [(i, extent) for i, extent in enumerate(step.elements) if extent > 1]
-    reduced = {"k"} if step.kind == "gemm" else set()
-    with loops(*(e for _, e in inner), *(e for _, e in elements)) as variables:
-        axes: list[tuple[object, int, object, bool]] = []
-        for name, (extent, variable) in outer.items():
-            if extent > 1:
-                axes.append((("outer", name), extent, variable, name in reduced))
-        for (name, extent), variable in zip(inner, variables, strict=False):
-            axes.append((("inner", name), extent, variable, name in reduced))
-        for (i, extent), variable in zip(elements, variables[len(inner) :], strict=True):
-            axes.append((i, extent, variable, step.kind == "gemm" and i == 1))
-        spatial = [(key, e, v) for key, e, v, reduce in axes if not reduce]
-        reduction = [(key, e, v) for key, e, v, reduce in axes if reduce]
-        notes = {} if number is None else {"step": number}
-        with block(
-            step.name, [a[1:] for a in spatial], [a[1:] for a in reduction], **notes
-        ) as bound:
-            keys = [a[0] for a in spatial] + [a[0] for a in reduction]
-            at = dict(zip(keys, bound, strict=True))
-            index = {
-                name: (at.get(("outer", name), i64(0)), at.get(("inner", name), i64(0)))
-                for name in "ngmkc"
-            }
-            yield index, [at.get(i, i64(0)) for i in range(len(step.elements))]
-
-
-def emit_step(step: Step, buffers: Mapping[str, object], places: Callable) -> Emit:
-    """Return the code of a step; ``places(name, index)`` says where its tile is in a buffer."""
-
-    def emit(opened: Sequence) -> None:
-        index, element = opened
-        at = {
-            role: [*places(role, index), *(element[i] for i in step.inside(role))]
-            for role in step.operands
-        }
-        *sources, target = step.operands
-        values = [buffers[role][tuple(at[role])] for role in sources]
-        old = buffers[target][tuple(at[target])]
-        match step.kind:
-            case "gemm":
-                x, w = values
-                value = old + T.cast(x, "int32") * T.cast(w, "int32")
-            case "zero":
-                value = T.int32(0)
-            case "alu":
-                other = values[0] if values else T.int32(step.immediate)
-                value = ALU[step.name.split("_")[0]](old, other)
-            case "store":
-                value = T.cast(values[0], "int8")
-            case _:
-                value = values[0]
-        T.buffer_store(buffers[target], value, at[target])
-
-    return emit
-
-
-ALU: dict[str, Callable] = {
-    "add": lambda a, b: a + b,
-    "max": lambda a, b: T.max(a, b),
-    "min": lambda a, b: T.min(a, b),
-    "shr": lambda a, b: T.shift_right(a, b),
-}
+    def steps(self, shape: TileShape) -> int:
+        """Return how many products of a few tiles it makes of a shape."""
+        chunks = -(-shape.n // self.n) * (shape.g // self.g) * (shape.m // self.columns)
+        return chunks * (shape.k // self.k)
 
 
 @dataclass(eq=False)
@@ -201,65 +98,66 @@ class Matmul:
     tile: Tile
     nest: TileNest
     epilogue: TileEpilogue
-    x_strides: tuple[int, int, int]  # tiles between rows, groups and inputs
-    y_strides: tuple[int, int, int]  # tiles between rows, groups and outputs
 
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
         self.roles: list[dict[str, str]] = []  # of each step: buffers by role
-        self.rows = min(self.nest.n, self.shape.n)
+        self.rows = self.height = min(self.nest.n, self.shape.n)
+        self.base = 0
         self.func = prim_func(self._body)
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments of the function, in order."""
-        extra = ["bias"] if self.epilogue.bias else []
-        extra += [f"shift{i}" for i in range(self.epilogue.shift_tiles)]
-        return ("x", "w", *extra, "y")
+        return ("x", "w", *self.operands, "y")
 
     def local(self) -> dict[str, tuple[int, int]]:
         """Return tiles and places of every local buffer, those of `arguments` but y, and sums."""
         nest, groups = self.nest, 1 if self.shape.shared else self.nest.g
-        chunk = self.nest.g * nest.m
+        chunk = nest.g * nest.m
         found = {
             "x": (self.rows * nest.g * nest.k, nest.x_places),
             "w": (groups * nest.columns * nest.k, nest.w_places),
             "sums": (self.rows * chunk, nest.sums_places),
         }
-        count = self.shape.g // nest.g * (self.shape.m // nest.m)
-        for name in self.arguments[2:-1]:
-            found[name] = (chunk, min(count, nest.w_places))
+        for name in self.operands:
+            found[name] = (self.shape.g * self.shape.m, 1) if nest.hoist else (chunk, 2)
         return found
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the arguments that ALU steps read."""
+        return self.epilogue.operands
 
     def _body(self) -> None:
         s, t, nest = self.shape, self.tile, self.nest
         groups = 1 if s.shared else s.g
         outs, inps = (t.batch, t.out), (t.batch, t.inp)
 
-        def strides(tiles: tuple[int, ...], size: tuple[int, int]) -> list[int]:
-            area = size[0] * size[1]
-            return [*(step * area for step in tiles), size[1], 1]
-
         self.args: dict[str, object] = {
-            "x": argument(
-                "x", (s.n, s.g, s.k, *inps), "int8", strides=strides(self.x_strides, inps)
-            ),
+            "x": argument("x", (s.n, s.g, s.k, *inps), "int8"),
             "w": argument("w", (groups, s.m, s.k, t.out, t.inp), "int8"),
         }
-        for name in self.arguments[2:-1]:
+        for name in self.operands:
             self.args[name] = argument(name, (s.g, s.m, *outs), "int32")
-        self.args["y"] = argument(
-            "y", (s.n, s.g, s.m, *outs), "int8", strides=strides(self.y_strides, outs)
-        )
+        self.args["y"] = argument("y", (s.n, s.g, s.m, *outs), "int8")
         whole, rest = divmod(s.n, self.rows)
         shapes = {
             "x": ((nest.g, nest.k, *inps), "int8"),
             "w": ((1 if s.shared else nest.g, nest.columns, nest.k, t.out, t.inp), "int8"),
             "sums": ((nest.g, nest.m, *outs), "int32"),
-        } | {name: ((nest.g, nest.m, *outs), "int32") for name in self.arguments[2:-1]}
+        }
+        held = (s.g, s.m) if nest.hoist else (nest.g, nest.m)
+        extra = {name: ((*held, *outs), "int32") for name in self.operands}
+        self.here = {
+            name: T.sblock_alloc_buffer(shape, dtype, scope="global")
+            for name, (shape, dtype) in extra.items()
+        }
+        for name in self.operands if nest.hoist else ():
+            self._load_operand(name, {}, held)
         for count, rows, base in ((whole, self.rows, 0), (int(rest > 0), rest, whole * self.rows)):
             if count:
-                self.here = {
+                self.here |= {
                     name: T.sblock_alloc_buffer(
                         (rows, *shape) if name in ("x", "sums") else shape, dtype, scope="global"
                     )
@@ -288,11 +186,12 @@ class Matmul:
         s, t, nest = self.shape, self.tile, self.nest
         n, g = ("n", self.height), ("g", nest.g)
         m, k = ("m", nest.columns), ("k", nest.k)
-        x = Step("load", "load_x", (n, g, k), (t.batch, t.inp), "int8")
-        self._emit(x, _only(outer, "ngk"), to="x", **{"from": "x"})
         weights = (m, k) if s.shared else (g, m, k)
         w = Step("load", "load_w", weights, (t.out, t.inp), "int8")
         self._emit(w, _only(outer, "mck" if s.shared else "gmck"), to="w", **{"from": "w"})
+        # After w, which is there already where x is the result of a product before.
+        x = Step("load", "load_x", (n, g, k), (t.batch, t.inp), "int8")
+        self._emit(x, _only(outer, "ngk"), to="x", **{"from": "x"})
         tiles, elements = (k, n, g, m), (t.out, t.inp, t.batch)
         self._emit(Step("gemm", "gemm", tiles, elements, shared=s.shared), outer)
 
@@ -315,9 +214,14 @@ class Matmul:
             self._emit(replace(step, name="max", immediate=e.low), outer, to="sums")
 
     def _with_tiles(self, op: str, name: str, step: Step, outer: Axes) -> None:
-        load = Step("load", f"load_{name}", step.tiles[1:], step.elements)
-        self._emit(load, _only(outer, "gm"), to=name, **{"from": name})
+        if not self.nest.hoist:
+            self._load_operand(name, _only(outer, "gm"), (self.nest.g, self.nest.m))
         self._emit(replace(step, name=f"{op}_{name}", operand=name), outer, to="sums", operand=name)
+
+    def _load_operand(self, name: str, outer: Axes, extents: tuple[int, int]) -> None:
+        tiles = tuple(zip("gm", extents, strict=True))
+        load = Step("load", f"load_{name}", tiles, (self.tile.batch, self.tile.out))
+        self._emit(load, outer, to=name, **{"from": name})
 
     def _emit(self, step: Step, outer: Axes, **roles: str) -> None:
         """Emit a step between local buffers and arguments that ``roles`` name."""
@@ -331,7 +235,8 @@ class Matmul:
         }
 
         def places(role: str, index: dict) -> list:
-            return self._place(local[role], index, whole=role == elsewhere, step=step)
+            kept = self.nest.hoist and local[role] in self.operands
+            return self._place(local[role], index, whole=kept or role == elsewhere, step=step)
 
         self.steps.append(step)
         self.roles.append(local)

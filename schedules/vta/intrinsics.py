@@ -1,6 +1,6 @@
 """Tensor intrinsics of VTA: LOAD, STORE, GEMM and ALU, each over a block of tiles.
 
-The description is the step of `compute.tile_matmul` itself; the implementation calls the recorder,
+The description is the step of `compute.tile_step` itself; the implementation calls the recorder,
 which asks the driver for instructions instead of moving data. Offsets and strides go to it in
 elements.
 """
@@ -15,7 +15,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, prim_func, symbol
-from tvmstruct.schedules.compute.tile_matmul import Step, emit_step, step_block
+from tvmstruct.schedules.compute.tile_step import Step, emit_step, step_block
 
 RECORD = "tvmstruct.vta.record."
 

@@ -10,40 +10,45 @@ from itertools import product
 from tvmstruct.errors import VtaMemoryError
 from tvmstruct.schedules.compute.tile_matmul import TileEpilogue, TileNest, TileShape
 from tvmstruct.schedules.registry import Pick
+from tvmstruct.schedules.vta.replay import (
+    ISSUE,
+    LATENCY,
+    beats,
+    passes,
+    replay,
+    stored,
+    transfers,
+    w_dims,
+    x_dims,
+)
 from tvmstruct.vta.config import Config, Memory
 
-ISSUE = 7  # cycles that a GEMM or ALU instruction takes on top of its tile operations
-LATENCY = 23  # of a LOAD
-BEAT = 8  # bytes
 MOST_OPTIONS = 6  # of one dimension
 PLACES = 4  # for sums, at most
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cycles of the load unit and of the compute unit, and before and after they overlap."""
-
-    load: float
-    compute: float
-    ends: float
-
-    @property
-    def total(self) -> float:
-        """Cycles of the whole."""
-        return max(self.load, self.compute) + self.ends
+FINALISTS = 48  # of nests that are replayed
+MOST_STEPS = 20_000  # of theirs
 
 
 @lru_cache(maxsize=512)
 def default_nest(shape: TileShape, epilogue: TileEpilogue, config: Config) -> TileNest:
-    """Return the nest that `estimate` likes best.
+    """Return the nest that is best by `replay`, of those that `estimate` likes.
 
     Raises VtaMemoryError where not even the smallest fits on chip.
     """
-    best, cheapest = None, float("inf")
-    for nest in nests(shape, epilogue, config):
-        cost = estimate(nest, shape, epilogue, config).total
-        if cost < cheapest:
-            best, cheapest = nest, cost
+    found = sorted(
+        (
+            (estimate(n, shape, epilogue, config), i, n)
+            for i, n in enumerate(nests(shape, epilogue, config))
+        )
+    )
+    best, least, steps = None, 0, 0
+    for _, _, nest in found[:FINALISTS]:
+        cycles = replay(nest, shape, epilogue, config)
+        if best is None or cycles < least:
+            best, least = nest, cycles
+        steps += nest.steps(shape)
+        if steps > MOST_STEPS:
+            break
     if best is None:
         raise VtaMemoryError(
             f"VTA: a product of {shape} does not fit on chip one tile at a time; the scratchpads "
@@ -69,8 +74,8 @@ def choose_nest(shape: TileShape, epilogue: TileEpilogue, config: Config, pick: 
     k = ask("k", space.depths(n, g, columns), d.k)
     x_places = ask("x_places", space.x_places(n, g, k), d.x_places)
     w_places = ask("w_places", space.w_places(g, m, columns, k), d.w_places)
-    sums = ask("sums_places", space.sums_places(n, g, m, w_places), d.sums_places)
-    return TileNest(n, g, m, columns, k, x_places, w_places, sums, rows_last)
+    sums = ask("sums_places", space.sums_places(n, g, m), d.sums_places)
+    return TileNest(n, g, m, columns, k, x_places, w_places, sums, rows_last, space.hoist())
 
 
 def nests(shape: TileShape, epilogue: TileEpilogue, config: Config) -> Iterator[TileNest]:
@@ -103,12 +108,25 @@ class _Space:
         return sorted({found[round(i * step)] for i in range(MOST_OPTIONS)})
 
     def rows(self) -> list[int]:
+        """Return rows at a time; some leave few for the end, which nothing overlaps."""
         n = self.shape.n
         most = min(n, self.depth(Memory.ACC), self.depth(Memory.INP))
-        return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+        found = {min(1 << i, most) for i in range(most.bit_length() + 1)}
+        uneven = {n * 8 // (8 * chunks + 1) for chunks in range(1, MOST_OPTIONS)}
+        return sorted(found | {rows for rows in uneven if 8 <= rows <= most})
 
     def _operand_tiles(self) -> int:
         return int(self.epilogue.bias) + self.epilogue.shift_tiles
+
+    def hoist(self) -> bool:
+        """Return whether bias and shifts of all channels stay on chip."""
+        everything = self._operand_tiles() * self.shape.g * self.shape.m
+        return everything <= self.depth(Memory.ACC) // 2
+
+    def _held(self, g: int, m: int) -> int:
+        """Return the tiles of bias and shifts on chip."""
+        s = self.shape
+        return self._operand_tiles() * (s.g * s.m if self.hoist() else 2 * g * m)
 
     def groups(self, n: int) -> list[int]:
         acc, inp = self.depth(Memory.ACC), self.depth(Memory.INP)
@@ -119,8 +137,9 @@ class _Space:
 
     def columns(self, n: int, g: int) -> list[int]:
         acc = self.depth(Memory.ACC)
-        tiles = n + self._operand_tiles()
-        return [m for m in self.options(self.shape.m) if g * m * tiles <= acc]
+        tiles = n * g if self.hoist() else (n + 2 * self._operand_tiles()) * g
+        free = acc - self._held(0, 0)
+        return [m for m in self.options(self.shape.m) if m * tiles <= free]
 
     def depths(self, n: int, g: int, columns: int) -> list[int]:
         groups = 1 if self.shape.shared else g
@@ -146,35 +165,34 @@ class _Space:
         every *= 1 if self.shape.shared else self.shape.g // g
         return _counts({1, 2, chunks, 2 * chunks, every}, min(most, every))
 
-    def sums_places(self, n: int, g: int, m: int, w_places: int) -> list[int]:
-        operands = self._operand_tiles() * g * m
+    def sums_places(self, n: int, g: int, m: int) -> list[int]:
         count = self.shape.g // g * (self.shape.m // m)
-        used = operands * min(count, w_places)
-        most = (self.depth(Memory.ACC) - used) // (n * g * m)
+        most = (self.depth(Memory.ACC) - self._held(g, m)) // (n * g * m)
         chunks = -(-self.shape.n // n) * count
         return [p for p in range(1, PLACES + 1) if p <= min(most, chunks)]
 
     def places(self, n: int, g: int, m: int, columns: int, k: int) -> Iterator[TileNest]:
         for x, w in product(self.x_places(n, g, k)[-3:], self.w_places(g, m, columns, k)[-3:]):
-            sums = self.sums_places(n, g, m, w)
+            sums = self.sums_places(n, g, m)
             if sums:
                 for rows_last in (False, True):
-                    yield TileNest(n, g, m, columns, k, x, w, sums[-1], rows_last)
+                    yield TileNest(n, g, m, columns, k, x, w, sums[-1], rows_last, self.hoist())
 
 
 def _counts(wanted: set[int], most: int) -> list[int]:
     return sorted({min(count, most) for count in wanted if count >= 1}) if most >= 1 else []
 
 
-def estimate(nest: TileNest, shape: TileShape, epilogue: TileEpilogue, config: Config) -> Cost:
+def estimate(nest: TileNest, shape: TileShape, epilogue: TileEpilogue, config: Config) -> float:
     """Return what a nest costs roughly: the instructions of each unit, and what nothing hides."""
     s = shape
     n_chunks, g_chunks, m_chunks = -(-s.n // nest.n), s.g // nest.g, s.m // nest.m
     c_chunks, k_chunks = nest.m // nest.columns, s.k // nest.k
     chunks = n_chunks * g_chunks * m_chunks
-    x_beats = _beats(nest.n * nest.g * nest.k, Memory.INP, config)
+    xs, ws = x_dims(nest.n, nest, s), w_dims(nest, s)
+    x_load = LATENCY * transfers(xs) + beats(nest.n * nest.g * nest.k, Memory.INP, config)
     groups = 1 if s.shared else nest.g
-    w_beats = _beats(groups * nest.columns * nest.k, Memory.WGT, config)
+    w_load = LATENCY * transfers(ws) + beats(groups * nest.columns * nest.k, Memory.WGT, config)
     w_kinds = m_chunks * c_chunks * k_chunks * (1 if s.shared else g_chunks)
     x_loads = n_chunks * g_chunks * k_chunks
     w_loads = w_kinds
@@ -185,23 +203,19 @@ def estimate(nest: TileNest, shape: TileShape, epilogue: TileEpilogue, config: C
     if nest.w_places < w_kinds:
         kept = nest.rows_last and nest.w_places >= c_chunks * k_chunks
         w_loads = c_chunks * k_chunks * m_chunks * g_chunks * (1 if kept else n_chunks)
-    load = x_loads * (LATENCY + x_beats) + w_loads * (LATENCY + w_beats)
+    load = x_loads * x_load + w_loads * w_load
     sums = s.n * s.g * s.m
-    passes = int(epilogue.high is not None) + int(epilogue.low is not None and not epilogue.relu)
-    passes += epilogue.relu + len(epilogue.shifts) + (epilogue.add != 0)
-    slow = int(epilogue.bias) + epilogue.shift_tiles
-    compute = sums * (s.k + 1 + passes + 2 * slow)
-    compute += ISSUE * chunks * (1 + c_chunks * k_chunks + passes + slow)
-    compute += slow * (LATENCY + _beats(nest.g * nest.m, Memory.ACC, config)) * g_chunks * m_chunks
+    fast, slow = passes(epilogue)
+    compute = sums * (s.k + 1 + fast + 2 * slow)
+    compute += ISSUE * chunks * (1 + c_chunks * k_chunks + fast + slow)
+    operands = slow * (LATENCY + beats(nest.g * nest.m, Memory.ACC, config))
+    compute += 0 if nest.hoist else operands * (g_chunks * m_chunks if nest.rows_last else chunks)
     compute += 4 * chunks * c_chunks * k_chunks  # micro-ops
-    stored = min(nest.n, s.n) * nest.g * nest.m
     single = nest.sums_places == 1 and chunks > 1
-    store = 3 * stored + 3 * min(nest.n, s.n) * nest.g
+    store, last = stored(nest.n, nest, s), stored(s.n % nest.n or nest.n, nest, s)
     if single or (nest.x_places == 1 and x_loads > 1) or (nest.w_places == 1 and w_loads > 1):
         compute += load  # nothing overlaps
     compute += store * (chunks - 1) if single else 0
-    return Cost(load, compute, 2 * LATENCY + x_beats + w_beats + store)
-
-
-def _beats(tiles: int, memory: Memory, config: Config) -> int:
-    return tiles * config.tile_bytes(memory) // BEAT
+    zeroed = min(nest.sums_places * nest.n * nest.g * nest.m, sums)
+    start = max(0, x_load + w_load - zeroed)
+    return max(load, compute) + start + last

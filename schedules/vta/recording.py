@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import numpy as np
 import tvm_ffi
 
-from tvmstruct.schedules.compute.tile_matmul import Matmul, Step
+from tvmstruct.schedules.compute.tile_matmul import Matmul
+from tvmstruct.schedules.compute.tile_step import Step
 from tvmstruct.schedules.vta.intrinsics import RECORD
 from tvmstruct.vta.config import Memory
 from tvmstruct.vta.driver import Driver
@@ -25,13 +27,32 @@ from tvmstruct.vta.stream import Loop
 MEMORIES = {"x": Memory.INP, "w": Memory.WGT}
 
 
+@dataclass(frozen=True)
+class Argument:
+    """Where an argument lies: region, first tile, and steps between tiles along its dimensions.
+
+    Without ``strides`` the tiles are dense.
+    """
+
+    region: int
+    first: int = 0
+    strides: tuple[int, ...] | None = None
+
+    def place(self, extents: Sequence[int], offset: int) -> int:
+        """Return the tile of the region that tile ``offset`` of a dense argument is."""
+        if self.strides is None:
+            return self.first + offset
+        index = np.unravel_index(offset, tuple(extents))
+        return self.first + sum(int(i) * s for i, s in zip(index, self.strides, strict=True))
+
+
 @dataclass(eq=False)
 class Recorder:
     """Turns the calls of one kernel into instructions."""
 
     kernel: Matmul
     driver: Driver
-    arguments: Mapping[str, int]
+    arguments: Mapping[str, Argument]
     buffers: dict[str, Buffer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,18 +78,27 @@ class Recorder:
 
     def _load(self, step: Step, roles: Mapping[str, str], operands: dict) -> None:
         buffer = self.buffers[roles["to"]]
-        offset, strides = operands["from"]
-        dims = [(e, s) for (_, e), s in zip(step.tiles, strides, strict=True)]
-        if buffer.fill((roles["from"], offset, *dims)):
-            dram = self.arguments[roles["from"]]
+        base, dims = self._in_dram(step, roles["from"], *operands["from"])
+        if buffer.fill((roles["from"], base, *dims)):
             memory = MEMORIES.get(roles["to"], Memory.ACC)
-            self.driver.load(memory, buffer.base, dram, offset, dims)
+            region = self.arguments[roles["from"]].region
+            self.driver.load(memory, buffer.base, region, base, dims)
 
     def _store(self, step: Step, roles: Mapping[str, str], operands: dict) -> None:
-        offset, strides = operands["to"]
-        dims = [(e, s) for (_, e), s in zip(step.tiles, strides, strict=True)]
+        base, dims = self._in_dram(step, roles["to"], *operands["to"])
         buffer = self.buffers[roles["from"]]
-        self.driver.store(buffer.base, self.arguments[roles["to"]], offset, dims)
+        self.driver.store(buffer.base, self.arguments[roles["to"]].region, base, dims)
+
+    def _in_dram(
+        self, step: Step, name: str, offset: int, strides: Sequence[int]
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Return the first tile and (extent, stride) of what a step moves from or to DRAM."""
+        argument = self.arguments[name]
+        s = self.kernel.shape
+        extents = (s.n, s.g, s.k if name == "x" else s.m)
+        strides = strides if argument.strides is None else argument.strides
+        dims = [(extent, stride) for (_, extent), stride in zip(step.tiles, strides, strict=True)]
+        return argument.place(extents, offset), dims
 
     def _zero(self, step: Step, roles: Mapping[str, str], operands: dict) -> None:
         """Zero sums; the first time all places at once, which has to be done anyway."""
@@ -119,7 +149,7 @@ _CURRENT: ContextVar[Recorder] = ContextVar("tvmstruct.vta.recorder")
 
 
 @contextmanager
-def record(kernel: Matmul, driver: Driver, arguments: Mapping[str, int]) -> Iterator[None]:
+def record(kernel: Matmul, driver: Driver, arguments: Mapping[str, Argument]) -> Iterator[None]:
     """Send what a kernel's intrinsics call to ``driver``."""
     token = _CURRENT.set(Recorder(kernel, driver, arguments))
     try:

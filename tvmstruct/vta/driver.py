@@ -8,7 +8,7 @@ needs what another did (`hazards`). Where data lies on chip is the business of `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -105,7 +105,7 @@ class Driver:
         unit = Unit.COMPUTE if memory in (Memory.ACC, Memory.ACC8) else Unit.LOAD
         start = self._tile(memory, dram)
         held = Memory.ACC if memory is Memory.ACC8 else memory
-        for offset, rows, columns, stride in _transfers(dims):
+        for offset, rows, columns, stride in cut(dims):
             at = slice(sram, sram + rows * columns)
             sram = at.stop
             accesses = (
@@ -118,7 +118,7 @@ class Driver:
     def store(self, sram: int, dram: int, base: int, dims: Sequence[tuple[int, int]]) -> None:
         """Store dense accumulator tiles from ``sram`` on, low bits only, to tiles of a region."""
         start = self._tile(Memory.OUT, dram)
-        for offset, rows, columns, stride in _transfers(dims):
+        for offset, rows, columns, stride in cut(dims):
             at = slice(sram, sram + rows * columns)
             sram = at.stop
             accesses = (
@@ -217,20 +217,26 @@ class Driver:
         return bounds
 
     def _issue(self, unit: Unit, entry: Entry, accesses: tuple[Access, ...]) -> None:
-        for other, count in self._hazards.wanted(unit, accesses).items():
+        wanted = self._hazards.wanted(unit, accesses)
+        for other in [other for other in wanted if (other, unit) not in POP]:
+            # Load and store meet only through compute.
+            through = self._relay(other, wanted.pop(other))
+            wanted[Unit.COMPUTE] = max(wanted.get(Unit.COMPUTE, 0), through)
+        for other, count in wanted.items():
             self._wait(unit, entry, other, count)
         self._append(unit, entry, accesses)
+
+    def _relay(self, other: Unit, count: int) -> int:
+        """Return the instruction of compute that the first ``count`` of another unit precede."""
+        if self._hazards.knows(Unit.COMPUTE, other) < count:
+            between = Entry(nop(Unit.COMPUTE))
+            self._wait(Unit.COMPUTE, between, other, count)
+            self._append(Unit.COMPUTE, between, ())
+        return self._hazards.first_to_know(other, count)
 
     def _wait(self, unit: Unit, entry: Entry, other: Unit, count: int) -> None:
         """Make ``entry``, the next of ``unit``, wait for the first ``count`` of another unit."""
         if count <= self._hazards.knows(unit, other):
-            return
-        if (other, unit) not in POP:  # load and store meet only through compute
-            if self._hazards.knows(Unit.COMPUTE, other) < count:
-                between = Entry(nop(Unit.COMPUTE))
-                self._wait(Unit.COMPUTE, between, other, count)
-                self._append(Unit.COMPUTE, between, ())
-            self._wait(unit, entry, Unit.COMPUTE, self._hazards.first_to_know(other, count))
             return
         source, push, pop = self._units[other][count - 1], PUSH[other, unit], POP[other, unit]
         assert push not in source.flags, "a token pushed twice"
@@ -245,8 +251,8 @@ class Driver:
         self._hazards.issue(unit, accesses)
 
 
-def _transfers(dims: Sequence[tuple[int, int]]):
-    """Cut a transfer into 2-D ones: yield (offset, rows, columns, stride)."""
+def cut(dims: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a transfer of (extent, stride) into 2-D ones: yield (offset, rows, columns, stride)."""
     merged: list[tuple[int, int]] = []
     for extent, stride in dims:
         if extent == 1:
