@@ -90,12 +90,12 @@ def offloading(*how: Any, calibration: Calibration | Batch | Iterable[Batch] | N
         )
     plain = (*how[:3], "f32", *how[4:])
     return VtaCompiler(
-        *plain, calibration=Calibration.of(calibration), make=spec.accelerator.kernel
+        *plain, calibration=Calibration.of(calibration), make=spec.accelerator.kernels
     )
 
 
 class VtaCompiler(Compiler):
-    """Compiles shapes with the layers on VTA; ``make`` builds the kernel of a linear step."""
+    """Compiles shapes with the layers on VTA; ``make`` builds the launch of steps."""
 
     bucket_type = VtaBucket
 
