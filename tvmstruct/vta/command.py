@@ -1,4 +1,4 @@
-"""The command line of the VTA target: ``tvmstruct vta run | dis | asm``."""
+"""The command line of the VTA target: ``tvmstruct vta run | dis | asm | export | ...``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvmstruct.errors import VtaError, VtaRunError
+from tvmstruct.vta import clocks_command, explore_command, export_command, timeline_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,3 +165,7 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
         rows["predicted cycles"] = result["cycles"]
     for name, value in rows.items():
         typer.echo(f"{name:<18}{value:>14,}")
+
+
+for _module in (export_command, timeline_command, clocks_command, explore_command):
+    _module.register(vta)

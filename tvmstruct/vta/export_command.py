@@ -1,16 +1,51 @@
-"""What ``tvmstruct vta export`` does: one launch of a package as the files of ``vta run``."""
+"""``tvmstruct vta export``: one launch of a package as the files that ``vta run`` takes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
 from tvmstruct.errors import InputError
-from tvmstruct.ops import Array
-from tvmstruct.vta.launch import Launch
-from tvmstruct.vta.package import package_launches
+
+if TYPE_CHECKING:
+    from tvmstruct.ops import Array
+    from tvmstruct.vta.launch import Launch
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``tvmstruct vta``."""
+    example = "Example: tvmstruct vta export model.zip --launch 0 --insn p.bin --dram p.dram"
+    app.command("export", epilog=example)(command)
+
+
+def command(
+    package: Annotated[Path, typer.Argument(exists=True, metavar="PACKAGE")],
+    launch: Annotated[
+        int | None, typer.Option(min=0, help="Its number; without one, list all launches.")
+    ] = None,
+    insn: Annotated[Path | None, typer.Option(help="Where the program goes.")] = None,
+    dram: Annotated[Path | None, typer.Option(help="Where the memory image goes.")] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option("--input", help="An .npy file of int8 rows; default: random ones."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Write one launch of a compiled model as a program and a memory image, or list launches."""
+    if launch is None:
+        rows = listing(package)
+        typer.echo(json.dumps({"launches": rows}, indent=2) if as_json else _table(rows))
+        return
+    if insn is None or dram is None:
+        raise typer.BadParameter("--launch needs --insn FILE and --dram FILE to write to")
+    for output in (insn, dram):
+        if not output.resolve().parent.is_dir():
+            raise typer.BadParameter(f"{output}: there is no folder {output.resolve().parent}")
+    found = export(package, launch, insn, dram, given)
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found, insn, dram))
 
 
 def export(
@@ -20,6 +55,9 @@ def export(
 
     ``given`` is an .npy file of int8 rows (rows, features), random ones where there is none.
     """
+    from tvmstruct.vta.config import DEFAULT
+    from tvmstruct.vta.package import package_launches
+
     launches = package_launches(package)
     if not 0 <= number < len(launches):
         raise InputError(f"--launch {number}: {package} has the launches 0 to {len(launches) - 1}")
@@ -32,6 +70,7 @@ def export(
         "launch": number,
         "name": launch.name,
         "config": launch.config.name,
+        "option": "" if launch.config.name == DEFAULT.name else " --config FILE",
         "base": launch.base,
         "x": _described(launch, launch.x),
         "y": _described(launch, launch.y),
@@ -41,6 +80,8 @@ def export(
 
 def listing(package: Path) -> list[dict[str, Any]]:
     """Return a row for each launch of a package."""
+    from tvmstruct.vta.package import package_launches
+
     return [
         {
             "launch": i,
@@ -63,7 +104,16 @@ def text(found: dict[str, Any], insn: Path, dram: Path) -> str:
         f"output: {output['bytes']} bytes at {output['address']:#x}, "
         f"{output['offset']:#x} into the image\n"
         f"tvmstruct vta run --insn {insn} --dram {dram} --base {found['base']} --out after.bin"
+        f"{found['option']}"
     )
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'launch':>6} {'x':>12} {'y':>12} {'instructions':>12} {'bytes':>12}  name"]
+    for r in rows:
+        numbers = f"{r['instructions']:>12,} {r['bytes']:>12,}"
+        lines.append(f"{r['launch']:>6} {r['x']:>12} {r['y']:>12} {numbers}  {r['name']}")
+    return "\n".join(lines)
 
 
 def _described(launch: Launch, tiles: Any) -> str:
@@ -71,11 +121,15 @@ def _described(launch: Launch, tiles: Any) -> str:
 
 
 def _random(launch: Launch, seed: int) -> Array:
+    import numpy as np
+
     shape = launch.x.rows, launch.x.features
     return np.random.default_rng(seed).integers(-128, 128, shape, np.int8)
 
 
 def _read(launch: Launch, path: Path) -> Array:
+    import numpy as np
+
     try:
         x = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -86,7 +86,7 @@ def _findings(walk: _Walk, found: Order) -> Iterator[Violation]:
         yield from walk.step(index)
     yield from find_token_faults(walk.program, found)
     yield from find_early_finish(walk.program, found)
-    yield from find_races(walk.program, found, walk.touched)
+    yield from find_races(walk.program, found, walk.touched, walk.config)
 
 
 def _of(error: VtaRunError) -> Violation:
@@ -109,6 +109,7 @@ class _Walk:
         self.rules = [rule for rule in RULES if rule.level <= level]
         self.touched = [Accesses()] * len(program)
         self.stored: list[Rows] = []
+        self.span = range(0)  # of DRAM that was stored to
 
     def step(self, index: int) -> Iterator[Violation]:
         """Yield what an instruction breaks, and note what it does."""
@@ -134,7 +135,7 @@ class _Walk:
             return None
         rows = self.memory.rows(index, instruction, touched.dram)
         if isinstance(instruction, Store):
-            self.stored.append(touched.dram)
+            self._store(touched.dram)
         return rows
 
     def _load_uops(
@@ -147,7 +148,16 @@ class _Walk:
             words = unpack(rows, Memory.UOP, self.config).reshape(-1)
             inside = block[i.y_pad_0 : i.y_pad_0 + i.y_size, i.x_pad_0 : i.x_pad_0 + i.x_size]
             inside[...] = decode_words(words, self.config).reshape(inside.shape)
-            if any(touched.dram.overlaps(stored) for stored in self.stored):
+            if self._stored(touched.dram):
                 message = f"{described(index, i)}: this program stores to the micro-ops it loads"
                 yield Violation("uop-stored", (index,), message)
         self.state.uops[i.sram_base : i.sram_base + i.rows * i.row_tiles] = block.reshape(-1, 3)
+
+    def _store(self, rows: Rows) -> None:
+        self.stored.append(rows)
+        start = min(self.span.start, rows.start) if self.span else rows.start
+        self.span = range(start, max(self.span.stop, rows.end))
+
+    def _stored(self, rows: Rows) -> bool:
+        near = rows.start < self.span.stop and self.span.start < rows.end
+        return near and any(rows.overlaps(stored) for stored in self.stored)

@@ -165,7 +165,7 @@ class Launch:
         """Copy rows into a scratchpad, zeros around them."""
         if i.memory is Memory.OUT:
             raise VtaRunError(
-                "load-memory", f"{described(index, i)}: nothing can be loaded into out", index
+                "memory", f"{described(index, i)}: nothing can be loaded into out", index
             )
         if i.is_nop:
             return
@@ -190,6 +190,8 @@ class Launch:
 
     def store(self, index: int, i: Store, touched: Accesses) -> None:
         """Copy the low bits of accumulators to rows."""
+        if i.memory is not Memory.OUT and not i.is_nop:
+            raise VtaRunError("memory", f"{described(index, i)}: only out can be stored", index)
         if touched.dram is None:
             return
         rows = self.memory.rows(index, i, touched.dram)
