@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tvmstruct.ops import Array
+from tvmstruct.schedules.registry import Pick, pick_default
 from tvmstruct.schedules.vta import vta_linear
 from tvmstruct.vta import simulator
 from tvmstruct.vta.config import Config
@@ -17,12 +18,12 @@ from tvmstruct.vta.isa import decode_stream
 from tvmstruct.vta.launch import Launch
 
 
-def make_kernel(step: IntLinear, rows: int, config: Config) -> Kernel:
-    """Return the kernel of a linear step.
+def make_kernel(step: IntLinear, rows: int, config: Config, pick: Pick = pick_default) -> Kernel:
+    """Return the kernel of a linear step, scheduled as ``pick`` answers.
 
     Raises VtaError where its buffers do not fit.
     """
-    return Kernel(vta_linear(step.op, step.bias, step.shift, step.relu, rows, config).launch)
+    return Kernel(vta_linear(step.op, step.bias, step.shift, step.relu, rows, config, pick).launch)
 
 
 @dataclass(frozen=True, eq=False)
