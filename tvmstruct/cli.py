@@ -338,10 +338,12 @@ def tune(
         str | None, typer.Option("--rpc-key", help="Which servers of the tracker.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    calibration: CalibrationOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure schedules of every kernel of MODEL, keep the best; an interrupted run goes on."""
     rpc = _tracker(tracker, key)
+    options = calibrated(model, target, calibration)
     from tvmstruct.progress import working
 
     with working(f"reading {model}"):
@@ -358,6 +360,7 @@ def tune(
         database=database,
         rpc=rpc,
         seed=seed,
+        **options,
     )
     if as_json:
         typer.echo(report.to_json())

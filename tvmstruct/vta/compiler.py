@@ -76,7 +76,7 @@ def offloading(*how: Any, calibration: Calibration | Batch | Iterable[Batch] | N
 
     Raises InputError for a missing calibration, and what VTA beside the CPU cannot do.
     """
-    _, spec, _, precision, _, memory, _ = how
+    _, spec, _, precision, database, memory, _ = how
     check_precision(precision)
     if precision not in ("f32", "int8"):
         raise InputError(
@@ -89,9 +89,10 @@ def offloading(*how: Any, calibration: Calibration | Batch | Iterable[Batch] | N
             'values would take those layers from VTA; choose memory="auto"'
         )
     plain = (*how[:3], "f32", *how[4:])
-    return VtaCompiler(
-        *plain, calibration=Calibration.of(calibration), make=spec.accelerator.kernels
-    )
+    from tvmstruct.vta.tuning import tuned_make
+
+    make = tuned_make(spec.accelerator, database)
+    return VtaCompiler(*plain, calibration=Calibration.of(calibration), make=make)
 
 
 class VtaCompiler(Compiler):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tvmstruct.ops import Array
+from tvmstruct.schedules.registry import Pick, pick_default
 from tvmstruct.schedules.vta import vta_chain
 from tvmstruct.vta import simulator
 from tvmstruct.vta.config import Config
@@ -18,12 +19,16 @@ from tvmstruct.vta.isa import decode_stream
 from tvmstruct.vta.launch import Launch
 
 
-def make_kernels(steps: Sequence[Step], rows: int, config: Config) -> tuple[Kernel | Reorder, ...]:
+def make_kernels(
+    steps: Sequence[Step], rows: int, config: Config, pick: Pick = pick_default
+) -> tuple[Kernel | Reorder, ...]:
     """Return steps as one launch, and what the CPU must move before and after it.
+
+    ``pick`` answers the choices of its schedule.
 
     Raises VtaError where buffers do not fit, or features move in a way that VTA has nothing for.
     """
-    made = vta_chain(steps, rows, config)
+    made = vta_chain(steps, rows, config, pick)
     parts = (made.before, Kernel(made.launch), made.after)
     return tuple(part for part in parts if part is not None)
 
