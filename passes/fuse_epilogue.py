@@ -7,6 +7,7 @@ length. Only a value that nothing else reads is folded.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +22,22 @@ R = relax.op
 
 
 class FuseEpilogue:
-    """Fold add, activation and residual into the layer before them."""
+    """Fold add, activation and residual into the layer before them.
+
+    ``activations`` are those that its kernel has, None for all; ``residual`` says whether it can
+    add rows that are no constant.
+    """
 
     name = "fuse_epilogue"
 
-    def __init__(self, table: LayerTable) -> None:
-        self.table = table
+    def __init__(
+        self,
+        table: LayerTable,
+        activations: Collection[str] | None = None,
+        *,
+        residual: bool = True,
+    ) -> None:
+        self.table, self.activations, self.residual = table, activations, residual
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the layer with one more step in its epilogue, or None."""
@@ -39,6 +50,8 @@ class FuseEpilogue:
         return None
 
     def _activation(self, graph: Graph, call, found: Activation) -> relax.Expr | None:
+        if self.activations is not None and found.name not in self.activations:
+            return None
         layer, old = producer(graph, self.table, found.x, uses=found.uses)
         if not isinstance(layer, Layer) or layer.activation != "none" or layer.residual:
             return None
@@ -52,6 +65,8 @@ class FuseEpilogue:
         if compat.is_constant(value):
             return self._bias(layer, old, compat.constant_array(value), call)
         shape = compat.static_shape(call)
+        if not self.residual:
+            return None
         shapes = {shape, compat.static_shape(y), compat.static_shape(other)}
         if len(shapes) > 1 or compat.dtype_of(other) != "float32":
             return None  # one of the two is broadcast to the other

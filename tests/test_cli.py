@@ -432,3 +432,14 @@ def wait_for(condition, seconds=5.0):
     while not condition():
         assert time.monotonic() < stop, "nothing happened"
         time.sleep(0.01)
+
+
+def test_calibration_batches_go_to_compile(model, onnx_file, tmp_path, call):
+    np.savez(tmp_path / "a.npz", input_ids=np.ones((2, 3)))
+    for command in (["compile", "-o", tmp_path / "out"], ["run"], ["report"]):
+        more = ["--random", "input_ids=2x3"] if command == ["run"] else []
+        options = ["--target", "vta -config=c.json", "--calibration", tmp_path / "a.npz"]
+        result = call(*command, onnx_file, *options, *more)
+        assert result.code == 0, result.err
+        (batch,) = model.options["calibration"]
+        assert batch["input_ids"].shape == (2, 3)

@@ -94,7 +94,7 @@ def test_plain_llvm_is_the_baseline_and_warns():
     ("target", "message"),
     [
         ("cuda", "cuda.*not available yet"),
-        ({"kind": "vta"}, "vta.*not available yet"),
+        ("vtaa", "unknown target kind 'vtaa'; did you mean vta"),
         ("lvm", "unknown target kind 'lvm'; did you mean llvm"),
         ("", "cannot be read"),
         ("llvm '", "cannot be read"),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvmstruct import embeddings, models, training
+    from tvmstruct import embeddings, models, training, vta
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import (
         Source,
@@ -60,7 +60,7 @@ _HOME = {
     "tune": "tuning",
 }
 
-_MODULES = ("embeddings", "models", "training")
+_MODULES = ("embeddings", "models", "training", "vta")
 
 __all__ = [
     "CompiledModel",
@@ -87,6 +87,7 @@ __all__ = [
     "resolve_target",
     "training",
     "tune",
+    "vta",
 ]
 
 

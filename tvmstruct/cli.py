@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tvmstruct.calibration_option import CalibrationOption, calibrated
 from tvmstruct.errors import InputError, PlanError, TvmstructError
 from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
@@ -48,7 +49,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         parser=parse_model,
-        help=f"An .onnx file, a Hugging Face folder, a compiled .tvms file, {BUILT_IN}.",
+        help=f"An .onnx file, a Hugging Face folder, a .tvms file or VTA package, {BUILT_IN}.",
     ),
 ]
 SourceModel = Annotated[
@@ -59,7 +60,9 @@ SourceModel = Annotated[
         help=f"An .onnx file, a Hugging Face folder, {BUILT_IN}.",
     ),
 ]
-Target = Annotated[str, typer.Option(help="Where the model will run: host, or llvm -mcpu=<name>.")]
+Target = Annotated[
+    str, typer.Option(help="Where the model will run: host, llvm -mcpu=<name>, vta -config=<file>.")
+]
 Plan = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="JSON: which layer becomes what."),
@@ -125,30 +128,36 @@ def options(
 )
 def compile_model(
     model: SourceModel,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .tvms file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="What to write: a .tvms file, or for VTA a folder or a .zip."
+        ),
+    ],
     target: Target = "host",
     plan: Plan = None,
     shape: ShapeOption = None,
     precision: Precision = "f32",
     memory: Memory = "auto",
     skip: SkipOption = None,
+    calibration: CalibrationOption = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile MODEL for some shapes and save it as one file."""
+    """Compile MODEL for some shapes and save it as one file, for VTA as a folder or a zip."""
     if model.compiled:
         raise typer.BadParameter(f"{model} is compiled already; give its .onnx file or folder")
     _check_folder(output)
     from tvmstruct.progress import working
 
     started = time.perf_counter()
-    options = chosen(model, skip, memory)
+    options = chosen(model, skip, memory) | calibrated(model, target, calibration)
     compiled = _open(model, target, plan, threads, precision, **options)
     wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)
     buckets = _compile_buckets(compiled, wanted)
     with working(f"writing {output}"):
         compiled.save(output)
-    size, seconds = output.stat().st_size, round(time.perf_counter() - started, 3)
+    size, seconds = _size(output), round(time.perf_counter() - started, 3)
     summary = {
         "output": str(output),
         "bytes": size,
@@ -187,6 +196,7 @@ def run(
     target: Target = "host",
     memory: Memory = "auto",
     skip: SkipOption = None,
+    calibration: CalibrationOption = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -198,7 +208,8 @@ def run(
     if not files and not shapes and not made_up:
         raise typer.BadParameter("give the inputs: --input NAME=FILE.npy or --random NAME=AxB")
     _check_folder(output)
-    compiled = _open(model, target, None, threads, **chosen(model, skip, memory))
+    options = chosen(model, skip, memory) | calibrated(model, target, calibration)
+    compiled = _open(model, target, None, threads, **options)
     feeds = {name: _read_array(name, Path(file)) for name, file in files}
     feeds |= _random_arrays(compiled.inputs, shapes)
     if made_up:
@@ -231,6 +242,7 @@ def report(
     precision: Precision = "f32",
     memory: Memory = "auto",
     skip: SkipOption = None,
+    calibration: CalibrationOption = None,
     measure: Measure = False,
     energy: EnergyOption = False,
     caches: CachesOption = None,
@@ -241,7 +253,8 @@ def report(
     _check_folder(html)
     if energy and model.compiled:
         raise typer.BadParameter(f"{model} does not know what it moves; give its .onnx file")
-    compiled = _open(model, target, plan, threads, precision, **chosen(model, skip, memory))
+    options = chosen(model, skip, memory) | calibrated(model, target, calibration)
+    compiled = _open(model, target, plan, threads, precision, **options)
     skipped: dict[str, SkipStatistics] = {}
     if not model.compiled:
         wanted = _parse_shapes(shape) or _own_buckets(model, compiled.inputs)[-1:]
@@ -325,10 +338,12 @@ def tune(
         str | None, typer.Option("--rpc-key", help="Which servers of the tracker.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    calibration: CalibrationOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure schedules of every kernel of MODEL, keep the best; an interrupted run goes on."""
     rpc = _tracker(tracker, key)
+    options = calibrated(model, target, calibration)
     from tvmstruct.progress import working
 
     with working(f"reading {model}"):
@@ -345,6 +360,7 @@ def tune(
         database=database,
         rpc=rpc,
         seed=seed,
+        **options,
     )
     if as_json:
         typer.echo(report.to_json())
@@ -513,6 +529,12 @@ def profile(
 def _split(text: str | None) -> list[str]:
     """Return the parts of a list with commas."""
     return [part.strip() for part in text.split(",")] if text else []
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_folder(output: Path | None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 
@@ -22,6 +22,10 @@ from tvmstruct.planning import Plan
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.skipping import Skip
 from tvmstruct.targets import TargetSpec, resolve
+from tvmstruct.vta.container import is_package
+
+if TYPE_CHECKING:
+    from tvmstruct.vta.calibration import Batch, Calibration
 
 Shapes = Mapping[str, Sequence[int]]
 MEMORIES = ("auto", "minimal", "baseline")
@@ -42,6 +46,7 @@ def compile(
     buckets: str | Sequence[Mapping[str, int]] = "auto",
     threads: int | None = None,
     database: str | Path | None = None,
+    calibration: Calibration | Batch | Iterable[Batch] | None = None,
 ) -> CompiledModel:
     """Compile a model; without a plan the result is the same function up to float rounding.
 
@@ -66,13 +71,26 @@ def compile(
     has something to say. ``database`` is a folder that ``tune`` wrote: kernels whose exact shape
     it has run as tuned, the others as records that come with tvmstruct or their own default say.
 
+    ``target="vta"`` gives dense layers, with bias and ReLU, to VTA, in int8 and in a simulator; the
+    rest stays float32 on the CPU, and ``report()`` says why. It needs ``calibration``: typical
+    inputs by name, or several such batches, or a `tvmstruct.vta.Calibration`, from which the
+    scales are chosen. ``threads`` are those of the CPU part.
+
     Raises TuningError, TargetError, PlanError, ModelError, UnsupportedOperatorError or InputError.
     """
     skip = Skip.of(skip)
     _check_options(precision, memory, skip)
     spec = resolve(target)
     source = as_source(source)
-    compiler = Compiler(source, spec, _plan(plan, source), precision, database, memory, skip)
+    how = (source, spec, _plan(plan, source), precision, database, memory, skip)
+    if spec.accelerator is not None:
+        from tvmstruct.vta.compiler import offloading
+
+        compiler = offloading(*how, calibration=calibration)
+    elif calibration is not None:
+        raise InputError('calibration is for target="vta", which quantises; leave it out here')
+    else:
+        compiler = Compiler(*how)
     model = CompiledModel(
         source.inputs,
         source.outputs,
@@ -85,6 +103,7 @@ def compile(
         default_ones=source.default_ones,
         default_zeros=source.default_zeros,
     )
+    compiler.prepare(model)
     for shapes in model.policy.first(source):
         model.compile_bucket(shapes)
     return model
@@ -95,6 +114,10 @@ def load(path: str | Path) -> CompiledModel:
 
     Raises ArtifactError where the file is damaged, of another version or for another CPU.
     """
+    if is_package(path):
+        from tvmstruct.vta.package import load_package
+
+        return load_package(path)
     from tvmstruct.saving import load_model
 
     return load_model(path)
@@ -102,6 +125,8 @@ def load(path: str | Path) -> CompiledModel:
 
 class Compiler:
     """Compiles one shape after the other; code and weights are shared between them."""
+
+    bucket_type: type[Bucket] = Bucket
 
     def __init__(
         self,
@@ -120,6 +145,9 @@ class Compiler:
         self.libraries: dict[str, tvm.runtime.Module] = {}
         self._lock = threading.Lock()
 
+    def prepare(self, model: CompiledModel) -> None:
+        """Do what must precede the first bucket of ``model``."""
+
     def bucket(self, shapes: Shapes) -> Bucket:
         """Return the compiled bucket for exactly these input shapes."""
         with self._lock:
@@ -131,7 +159,7 @@ class Compiler:
                 executable.mod.import_module(library)
             weights = [self.session.store.tensors[key] for key in lowered.weights]
             inputs = self.source.inputs
-            return Bucket(
+            return self.bucket_type(
                 executable,
                 weights,
                 tuple(tuple(shapes[s.name]) for s in inputs),

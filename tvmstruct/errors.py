@@ -66,3 +66,7 @@ class VtaRunError(VtaError):
     def __init__(self, rule: str, message: str, instruction: int | None = None) -> None:
         super().__init__(f"{rule}: {message}")
         self.rule, self.instruction = rule, instruction
+
+
+class VtaMemoryError(VtaError):
+    """Buffers of a VTA program do not fit into a scratchpad; nothing is ever spilled."""

@@ -222,6 +222,26 @@ class Embedding:
         return f"embedding.{next(filter(None, self.names))}"
 
 
+@dataclass(frozen=True)
+class Offloaded:
+    """Layers that an accelerator computes, one reading the rows of the other; the argument is x.
+
+    They have a bias and ReLU at most: what else follows is the CPU's.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def n_out(self) -> int:
+        """Features that the last layer yields."""
+        return self.layers[-1].n_out
+
+    @property
+    def key(self) -> str:
+        """What tells these layers from all others of the model."""
+        return " > ".join(layer.key for layer in self.layers)
+
+
 @dataclass
 class Form:
     """What a weight became, decided once per weight and kept for every bucket."""
@@ -266,6 +286,7 @@ Node = (
     | LayerNorm
     | Embedding
     | RecurrentCells
+    | Offloaded
 )
 
 
@@ -281,6 +302,8 @@ def weights_of(node: Node) -> tuple[Layer, ...]:
         return node.hidden
     if isinstance(node, Layer):
         return node.parts or (node,)
+    if isinstance(node, Offloaded):
+        return tuple(part for layer in node.layers for part in weights_of(layer))
     return ()
 
 

@@ -18,7 +18,7 @@ from tvm import relax
 from tvm_ffi import from_dlpack
 
 from tvmstruct.arrays import ALIGNMENT, aligned_empty, as_array, to_numpy
-from tvmstruct.buckets import KEEP, Policy
+from tvmstruct.buckets import KEEP, Policy, shapes_at
 from tvmstruct.errors import InputError
 from tvmstruct.frontends.source import TensorSpec
 from tvmstruct.padding import Padder
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from tvmstruct.pipeline import Lowered
     from tvmstruct.skip_analysis import SkipStatistics
 
-CUT = ("attention", "feed-forward")  # forms that depend on the shape: the last one is reported
+CUT = (
+    "attention",
+    "feed-forward",
+    " vta",
+)  # ends of forms that depend on the shape: the last one is reported
 Shapes = Mapping[str, Sequence[int]]
 Key = tuple[tuple[int, ...], ...]
 
@@ -78,6 +82,13 @@ class Bucket:
         self._copied: frozenset[int] | None = None
         # The arrays of the last call, where none needed a copy, and the tensors on their memory.
         self.last: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report says of the bucket that was compiled last."""
+        if self.lowered is None:
+            return ()
+        return (f"intermediate results of the last: {self.lowered.footprint}",)
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run on arrays of exactly the compiled shapes and dtypes."""
@@ -159,6 +170,7 @@ class CompiledModel:
         self._dtypes = [np.dtype(s.dtype) for s in inputs]
         self._ranks = [len(s.shape) for s in inputs]
         self.padder = Padder(self)
+        self.notes: tuple[str, ...] = ()  # what else the report says
         self.buckets: OrderedDict[Key, Bucket] = OrderedDict()
         self._records = {r.name: r for r in records}
         self._seconds: dict[str, float] = {}
@@ -272,10 +284,8 @@ class CompiledModel:
 
     def _bucket(self, sizes: Mapping[str, int]) -> Bucket:
         """Return the bucket for exactly these sizes, compiled if it must be."""
-        shapes = {s.name: s.shape for s in self.inputs}
-        key = tuple(
-            tuple(sizes[d] if isinstance(d, str) else d for d in shape) for shape in shapes.values()
-        )
+        shapes = shapes_at(self.inputs, sizes)
+        key = tuple(shapes.values())
         with self._lock:
             if key in self.buckets:
                 self.buckets.move_to_end(key)
@@ -287,10 +297,10 @@ class CompiledModel:
                     f"compile them from; it was saved with: {have}. Compile that shape with "
                     "compile_bucket() before save()"
                 )
-            bucket = self.compiler.bucket(dict(zip(shapes, key, strict=True)))
+            bucket = self.compiler.bucket(shapes)
             assert bucket.lowered is not None
             for record in bucket.lowered.layers:
-                if record.form in CUT or record.name not in self._records:
+                if record.form.endswith(CUT) or record.name not in self._records:
                     self._records[record.name] = record
             self.buckets[key] = bucket
             while len(self.buckets) > KEEP and self.policy.kind != "fixed":
@@ -312,7 +322,9 @@ class CompiledModel:
         shapes = tuple(
             " ".join(dict.fromkeys("x".join(map(str, s)) for s in key)) for key in self.buckets
         )
-        return Report(tuple(records), self.spec.key, shapes, (*self.padder.notes, *self._memory()))
+        last = next(reversed(self.buckets.values()), None)
+        notes = (*self.notes, *self.padder.notes, *(() if last is None else last.notes))
+        return Report(tuple(records), self.spec.key, shapes, notes)
 
     def measure_skip(
         self, inputs: Mapping[str, Any], threads: int | None = None
@@ -380,18 +392,31 @@ class CompiledModel:
         at = " ".join(dict.fromkeys("x".join(map(str, s)) for s in bucket.shapes))
         return energy_report(bucket.lowered, caches, at)
 
-    def _memory(self) -> tuple[str, ...]:
-        """Return a note on the memory of the bucket that was compiled last."""
-        bucket = next(reversed(self.buckets.values()), None)
-        if bucket is None or bucket.lowered is None:
-            return ()
-        return (f"intermediate results of the last: {bucket.lowered.footprint}",)
-
     def save(self, path: str | Path) -> None:
-        """Write the compiled buckets and the weights to one file; see `tvmstruct.load`."""
+        """Write the compiled buckets and the weights to one file; see `tvmstruct.load`.
+
+        A model for VTA becomes a package: a folder, or a zip where ``path`` ends so.
+        """
+        if self.spec.accelerator is not None:
+            from tvmstruct.vta.package import save_package
+
+            return save_package(self, path)
         from tvmstruct.saving import save_model
 
-        save_model(self, path)
+        return save_model(self, path)
+
+    def bound(self, inputs: Mapping[str, Any] | Sequence[Any]) -> list[np.ndarray]:
+        """Return inputs by name, or in order, as the arrays that the model runs on, checked.
+
+        Raises InputError as `run` does.
+        """
+        named = isinstance(inputs, Mapping)
+        arrays = self._bind((), inputs) if named else self._bind(inputs, {})
+        self._sizes(
+            dict(zip([s.name for s in self.inputs], [a.shape for a in arrays], strict=True))
+        )
+        self._check_tokens(arrays)
+        return arrays
 
     def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
         """Return one array per input in order, with name, dtype and rank checked."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tvmstruct.errors import InputError
+from tvmstruct.vta.container import is_package
 
 if TYPE_CHECKING:
     from tvmstruct.frontends import Source
@@ -37,7 +38,9 @@ class ModelArgument:
     @property
     def compiled(self) -> bool:
         """Return whether it is a compiled model."""
-        return self.config is None and self.path.suffix == ".tvms"
+        if self.config is not None:
+            return False
+        return self.path.suffix == ".tvms" or is_package(self.path)
 
     def source(self) -> Source:
         """Read the file or folder, or make the built-in model."""

@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from tvmstruct.frontends.source import TensorSpec
-    from tvmstruct.model import CompiledModel
+    from tvmstruct.model import Bucket, CompiledModel
 
 SMALL, LARGE = 5, 8  # sizes of the probe: compiled at both, padded from one to the other
 OTHER = 3  # what the remaining symbols are during a probe
@@ -66,9 +66,9 @@ class Padder:
             return "the model's largest size is too small to probe"
         sizes = {s: SMALL if s == symbol else OTHER for s in symbols}
         arrays = [self._random(spec, sizes, rng) for spec in model.inputs]
-        exact = model._bucket(sizes).run(arrays)
+        exact = self.probe_bucket(sizes).run(arrays)
         large = {**sizes, symbol: LARGE}
-        padded = self.unpad(model._bucket(large).run(self.pad(arrays, large)), sizes)
+        padded = self.unpad(self.probe_bucket(large).run(self.pad(arrays, large)), sizes)
         for spec, a, b in zip(model.outputs, exact, padded, strict=True):
             if a.shape != b.shape:
                 return f"output {spec.name!r} has shape {b.shape} for {a.shape}"
@@ -76,6 +76,10 @@ class Padder:
             if not np.allclose(a, b, rtol=0, atol=TOLERANCE * scale, equal_nan=True):
                 return f"output {spec.name!r} changes by {np.abs(a - b).max():.1e} in a probe"
         return ""
+
+    def probe_bucket(self, sizes: Mapping[str, int]) -> Bucket:
+        """Return the bucket that a probe runs."""
+        return self.model._bucket(sizes)
 
     def _random(
         self, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator

@@ -21,6 +21,7 @@ from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
 from tvmstruct.passes.choose_precision import ChoosePrecision
 from tvmstruct.passes.clip_gathers import ClipGathers
 from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall, Select, keep_default
+from tvmstruct.passes.emit_launches import EmitLaunches
 from tvmstruct.passes.flatten_convolution import FlattenConvolution
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_embedding import FuseEmbedding
@@ -29,6 +30,7 @@ from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
+from tvmstruct.passes.offload_dense import ON_ACCELERATOR, ChainOffloaded, OffloadDense
 from tvmstruct.passes.order_units import OrderUnits
 from tvmstruct.passes.plan_embedding import PlanEmbedding
 from tvmstruct.passes.project_attention import ProjectAttention
@@ -51,6 +53,7 @@ from tvmstruct.schedules.builder import argument, i64, prim_func
 from tvmstruct.schedules.registry import KERNEL, Kernel
 from tvmstruct.skipping import Skip
 from tvmstruct.targets import TargetSpec
+from tvmstruct.vta.offload import Offload
 from tvmstruct.weights import WeightStore
 
 LAYOUTS = 4  # rounds in which the layouts of attention and of the graph around it cancel
@@ -73,6 +76,7 @@ class Session:
     precision: str = "f32"
     memory: str = "auto"
     skip: Skip | None = None
+    offload: Offload | None = None
 
 
 @dataclass
@@ -99,9 +103,15 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
     layers = layer_records(mod, table, session.forms, names, session.tables, session.errors)
-    for rule in _fuse(table, names, session):
+    fuse = _fuse if session.offload is None else _offload
+    for rule in fuse(table, names, session):
         mod = apply_rule(mod, rule, log)
+    if session.offload is not None:
+        mod = apply_rule(mod, EmitLaunches(table, session.offload.symbol), log)
     layers += [*fused_records(mod, table, session.skip), *refused_records(log)]
+    if session.offload is not None:
+        refused = {name: why for rule, name, why in log.rejected if rule == OffloadDense.name}
+        layers = session.offload.records(layers, refused)
     emit = EmitKernels(table, session.kernels, session.store, session.select)
     lift = LiftConstants(session.store)
     for rule in (emit, lift):
@@ -155,6 +165,27 @@ def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iter
         if session.skip is None:  # skipped work is dealt out by (head, tile), heads kept apart
             yield ProjectAttention(table, session.kernels)
         yield SplitFeedForward(table, session.kernels)
+
+
+def _offload(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:
+    """Fuse what stays on the CPU; layers become launches before anything else could take them."""
+    assert session.offload is not None
+    yield RecognizeSoftmax()
+    if session.memory != "baseline":
+        yield FuseAttention(table)
+    for _ in range(STEPS):
+        yield FuseEpilogue(table, ON_ACCELERATOR, residual=False)
+    yield RecognizeLayerNorm()
+    for _ in range(LAYOUTS):
+        yield SimplifyLayout()
+    yield MergeSharedInput(table)
+    yield FuseEmbedding(table, names)
+    yield OffloadDense(table, session.offload.obstacle)
+    yield ChainOffloaded(table, session.offload.chains)
+    for _ in range(STEPS):
+        yield FuseEpilogue(table)  # of layers that stay
+    yield FuseLayerNorm(table)
+    yield SimplifyLayout()
 
 
 def _legalize(mod: tvm.IRModule, session: Session) -> tvm.IRModule:

@@ -40,12 +40,12 @@ def save_model(model: CompiledModel, path: str | Path) -> None:
     artifact.write(path, manifest, sections, features=model.spec.features)
 
 
-def load_model(path: str | Path) -> CompiledModel:
-    """Return the model saved at ``path``."""
+def load_model(path: str | Path, bucket_type: type[Bucket] = Bucket) -> CompiledModel:
+    """Return the model saved at ``path``, its code in buckets of ``bucket_type``."""
     saved = artifact.read(path, features=host_features())
     saved.verify()
     try:
-        return _restore(saved)
+        return _restore(saved, bucket_type)
     except (KeyError, TypeError, IndexError) as error:
         raise ArtifactError(
             f"{path}: the manifest lacks or garbles {error}; compile and save the model again"
@@ -96,12 +96,13 @@ def _manifest(
         "paddable": safe,
         "target": str(model.spec.target),
         "layers": [_plain(asdict(r)) for r in model.report().layers],
+        "notes": list(model.notes),
         "buckets": buckets,
         "dtypes": dict(dtypes),
     }
 
 
-def _restore(saved: Artifact) -> CompiledModel:
+def _restore(saved: Artifact, bucket_type: type[Bucket]) -> CompiledModel:
     about = saved.manifest
     spec = resolve(about["target"])
     check_runs_here(spec)
@@ -119,6 +120,7 @@ def _restore(saved: Artifact) -> CompiledModel:
         records=[LayerRecord(**{**r, "shape": tuple(r["shape"])}) for r in about["layers"]],
         saved=saved,
     )
+    model.notes = tuple(map(str, about["notes"]))
     model.padder.verdicts = dict.fromkeys(about["paddable"], "")
     weights = {name: _tensor(saved, name, dtype) for name, dtype in about["dtypes"].items()}
     names = {name for bucket in about["buckets"] for name in bucket["kernels"]}
@@ -131,7 +133,7 @@ def _restore(saved: Artifact) -> CompiledModel:
         key = tuple(tuple(shape) for shape in bucket["shapes"])
         dtypes = [spec.dtype for spec in model.inputs]
         values = [weights[w] for w in bucket["weights"]]
-        model.buckets[key] = Bucket(module, values, key, dtypes, libraries=used)
+        model.buckets[key] = bucket_type(module, values, key, dtypes, libraries=used)
     return model
 
 

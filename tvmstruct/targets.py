@@ -12,7 +12,7 @@ import platform
 import shlex
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from tvm.target import Target
 
 from .errors import TargetError
 from .threads import wanted_threads
+from .vta.target import Accelerator
 
 CPUINFO = Path("/proc/cpuinfo")
 LEVELS = ("x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64")  # of the psABI, best first
-NOT_YET = ("cuda", "vta")
+NOT_YET = ("cuda",)
+VTA = "vta"
 FAST_MATH = "fast-math"
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
@@ -98,13 +100,22 @@ class TargetSpec:
     features: frozenset[str]
     threads: int
     key: str
+    accelerator: Accelerator | None = None  # that takes layers off the CPU
 
 
 def resolve(target: str | Mapping[str, Any] | Target | TargetSpec = "host") -> TargetSpec:
-    """Return the checked form of a target string, JSON text, dict or TVM target, or of "host"."""
+    """Return the checked form of a target string, JSON text, dict or TVM target, or of "host".
+
+    ``"vta -config=FILE"`` is the accelerator beside this CPU, or beside that of ``-mcpu``.
+    """
     if isinstance(target, TargetSpec):
         return target
     options = _parse(target)
+    if options.get("kind") == VTA:
+        accelerator = Accelerator.of(options.pop("config", None))
+        options |= {"kind": "llvm", "mcpu": options.get("mcpu", "native")}
+        host = resolve(options)
+        return replace(host, key=f"{accelerator.key}:{host.key}", accelerator=accelerator)
     _check_options(options)
     _fill_cpu(options)
     options.setdefault("num-cores", wanted_threads())
@@ -118,6 +129,16 @@ def check_runs_here(spec: TargetSpec) -> None:
             f"target {spec.key} uses {', '.join(sorted(missing))}, which this CPU does not have; "
             'compiling for it works, running needs another machine or target="host"'
         )
+
+
+def check_cpu(spec: TargetSpec, what: str) -> TargetSpec:
+    """Return a target of CPU code only; TargetError where an accelerator takes layers from it."""
+    if spec.accelerator is not None:
+        raise TargetError(
+            f"{what} measures code on a CPU, but layers of target {spec.key} run in a simulator; "
+            "report() and tvmstruct vta say what they cost there"
+        )
+    return spec
 
 
 @cache
@@ -212,9 +233,13 @@ def _check_options(options: dict[str, Any]) -> None:
     """Refuse a wrong kind or option, and options that would break exactness or the ISA table."""
     kind = options.get("kind", "llvm")
     if kind in NOT_YET:
-        raise TargetError(f'target kind "{kind}" is not available yet; this version has "llvm"')
+        raise TargetError(
+            f'target kind "{kind}" is not available yet; this version has "llvm" and "vta"'
+        )
     if kind != "llvm":
-        raise TargetError(f"unknown target kind {kind!r}{_nearest(str(kind), ('llvm', *NOT_YET))}")
+        raise TargetError(
+            f"unknown target kind {kind!r}{_nearest(str(kind), ('llvm', VTA, *NOT_YET))}"
+        )
     options["kind"] = kind
     options.pop("host", None)  # code for the CPU is its own host
     for name, value in options.items():

@@ -33,7 +33,7 @@ from tvmstruct import compat, pipeline
 from tvmstruct.buckets import Policy
 from tvmstruct.compiler import check_precision, new_session
 from tvmstruct.database import Choices, Database, Record, Workload, machine, recorded
-from tvmstruct.errors import MissingDependencyError, TargetError, TuningError
+from tvmstruct.errors import InputError, MissingDependencyError, TargetError, TuningError
 from tvmstruct.frontends import Source, as_source
 from tvmstruct.progress import TuningProgress
 from tvmstruct.schedules.registry import Kernel
@@ -125,6 +125,7 @@ def tune(
     rpc: Tracker | None = None,
     progress: bool = True,
     seed: int = 0,
+    calibration: Any = None,
 ) -> TuneReport:
     """Measure schedules of every kernel that a model uses at ``shapes`` and record them.
 
@@ -133,12 +134,25 @@ def tune(
     this machine count. ``rpc`` is (host, port, key) of a TVM tracker whose servers measure
     instead of this machine. Pass the same ``database`` to ``compile`` to use what was found.
 
+    With ``target="vta"`` the launches are what is searched, and the cycle model measures them;
+    ``calibration`` is that of ``compile``.
+
     Raises TuningError, InputError, TargetError, MissingDependencyError, or what ``compile`` raises.
     """
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
         raise TuningError(f"trials={trials!r}; want a whole number of at least 1")
     check_precision(precision)
     spec = resolve(target)
+    if spec.accelerator is not None:
+        from tvmstruct.vta.tuning import tune_launches
+
+        _check_runner(runner, rpc)
+        return tune_launches(
+            as_source(source), spec, shapes=shapes, trials=trials, database=database,
+            calibration=calibration, progress=progress, seed=seed,
+        )  # fmt: skip
+    if calibration is not None:
+        raise InputError('calibration is for target="vta", which quantises; leave it out here')
     session = new_session(spec, precision=precision)
     bench = _Bench(spec, runner, rpc)
     records = Database(database).create()
@@ -152,6 +166,11 @@ def tune(
             rows.append(search.run(trials, calls, display))
     seconds = round(time.perf_counter() - started, 3)
     return TuneReport(tuple(rows), tuple(untuned), str(records.folder), seconds)
+
+
+def _check_runner(runner: Any, rpc: Tracker | None) -> None:
+    if runner is not None or rpc is not None:
+        raise TuningError('target="vta" is measured by its cycle model; leave runner and rpc out')
 
 
 def _workloads(

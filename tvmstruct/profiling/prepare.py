@@ -15,7 +15,7 @@ from tvmstruct.frontends import Source, TensorSpec, as_source
 from tvmstruct.model import Bucket, CompiledModel
 from tvmstruct.models import Config
 from tvmstruct.models import source as source_of
-from tvmstruct.targets import check_runs_here
+from tvmstruct.targets import check_cpu, check_runs_here, resolve
 
 Shapes = Mapping[str, Sequence[int]]
 LENGTH = 128  # of the dimensions that vary, unless shapes say otherwise
@@ -39,6 +39,10 @@ class Prepared:
 def prepare(model: Any, shapes: Shapes | None, options: Mapping[str, Any]) -> Prepared:
     """Compile ``model`` for ``shapes`` unless it is compiled, and make inputs."""
     compiled = isinstance(model, CompiledModel)
+    spec = (
+        model.spec if isinstance(model, CompiledModel) else resolve(options.get("target", "host"))
+    )
+    check_cpu(spec, "profile")
     source = _source_of(model, options)
     if shapes is None:
         shapes = default_shapes(model if compiled or isinstance(model, Config) else source)

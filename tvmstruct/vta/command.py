@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvmstruct.errors import VtaError, VtaRunError
-from tvmstruct.vta import clocks_command, explore_command, timeline_command
+from tvmstruct.vta import clocks_command, explore_command, export_command, timeline_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,5 +164,5 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
         typer.echo(f"{name:<18}{value:>14,}")
 
 
-for more in (timeline_command, explore_command, clocks_command):
+for more in (export_command, timeline_command, explore_command, clocks_command):
     more.register(vta)
