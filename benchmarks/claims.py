@@ -15,10 +15,10 @@ from cases import Encoder, Stack, Work
 from embedding_cases import Lookup
 from lookup_cases import LookupCase
 from peers import BF16_PEERS, F32_PEERS, OURS, OURS_BASELINE, OURS_BF16, OURS_DENSE
-from recurrent_cases import LstmCase
+from recurrent_cases import LstmCase, PackagedCase
 from transformer_cases import TransformerCase
 
-Case = Stack | Encoder | TransformerCase | Lookup | LookupCase | LstmCase
+Case = Stack | Encoder | TransformerCase | Lookup | LookupCase | LstmCase | PackagedCase
 NEAR_ROOF = 0.95  # of the bound is as much as a goal may ask
 SHARE, SHARE_OF_ONE_ROW = 0.8, 0.7  # of the roofline; less is named
 

@@ -16,7 +16,7 @@ from cases import Encoder, Stack, load
 from claims import Case
 from embedding_cases import Lookup
 from lookup_cases import FEW, INPUTS, LookupCase, LookupFfn
-from recurrent_cases import LstmCase
+from recurrent_cases import LstmCase, PackagedCase
 
 from tvmstruct.ops import Array
 
@@ -34,7 +34,7 @@ Feeds = dict[str, Array]
 
 def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Call, str]:
     """Return a function that computes the case once, and as what ours compiled it."""
-    if isinstance(case, Lookup | LstmCase):
+    if isinstance(case, Lookup | LstmCase | PackagedCase):
         return case.contender(name, threads), ""
     if name in ("torch", "torch-bf16"):
         return _torch(case, files, threads, bf16=name == "torch-bf16"), ""

@@ -142,6 +142,65 @@ class LstmCase:
         return model.SerializeToString()
 
 
+@dataclass(frozen=True)
+class PackagedCase:
+    """A model that a PyPI package ships, as it is called: one chunk of sound, or one string."""
+
+    package: str
+    file: str
+    feeds: Mapping[str, tuple[tuple[int, ...], str]]  # shapes and dtypes of the inputs
+    constants: Mapping[str, int] = field(default_factory=dict)
+    precision: str = "f32"  # of ours
+    rows: int = 1
+    highest: int = 30  # of ids
+
+    def work(self) -> Work:
+        """Count no work: there is no roofline of a whole model here."""
+        return Work(flops=1.0, weight_values=1.0, other_bytes=1.0, resident=1.0)
+
+    def contender(self, name: str, threads: int) -> Call:
+        """Return what a contender calls."""
+        from tvmstruct.arrays import aligned_empty
+
+        rng, arrays = np.random.default_rng(0), {}
+        for key, (shape, dtype) in self.feeds.items():
+            arrays[key] = aligned_empty(shape, np.dtype(dtype))
+            whole = dtype.startswith("int")
+            arrays[key][...] = (
+                rng.integers(2, self.highest, shape) if whole else rng.normal(size=shape) / 10
+            )
+        path = self._path()
+        if name == OURS:
+            import tvmstruct
+
+            shapes = {key: shape for key, (shape, _) in self.feeds.items()}
+            source = tvmstruct.from_onnx(path, constants=dict(self.constants), shapes=shapes)
+            model = tvmstruct.compile(source, buckets="exact", precision=self.precision)
+            ordered = [arrays[spec.name] for spec in model.inputs]
+            return lambda: model(*ordered)
+        from contenders import onnxruntime_call
+
+        given = arrays | {key: np.array(value) for key, value in self.constants.items()}
+        with open(path, "rb") as file:
+            run = onnxruntime_call(file.read(), threads)
+        return lambda: run(given)
+
+    def _path(self) -> str:
+        from importlib.metadata import files
+
+        found = (f for f in files(self.package) or [] if f.name == self.file)
+        return str(next(found).locate())
+
+
+SILERO = PackagedCase(
+    "silero-vad",
+    "silero_vad.onnx",
+    {"input": ((1, 576), "float32"), "state": ((2, 1, 128), "float32")},
+    {"sr": 16000},
+)
+DKSPLIT = PackagedCase("dksplit", "dksplit-int8.onnx", {"chars": ((1, 22), "int64")})
+
+
 def _random(rng: np.random.Generator, *shape: int) -> Array:
     return (rng.standard_normal(shape) / shape[-2] ** 0.5).astype(np.float32)
 

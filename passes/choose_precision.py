@@ -10,6 +10,7 @@ from tvm import relax
 
 from tvmstruct import compat, ops
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
+from tvmstruct.recurrent import Cell
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
@@ -42,7 +43,7 @@ class ChoosePrecision:
         if isinstance(node := self.table.node(call), HashTables) and node.precision == "f32":
             return self._tables(call, node)
         if isinstance(node, RecurrentCells):
-            return self._hidden(node)
+            return self._hidden(call, node)
         layer = self.table.layer(call)
         if layer is None:
             return None
@@ -58,14 +59,35 @@ class ChoosePrecision:
         assert shape is not None
         return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
 
-    def _hidden(self, node: RecurrentCells) -> Reject:
-        """Return why the hidden matrices of a recurrent layer stay as they are."""
-        why = "products with the state stay in f32, whose rounding errors add up over the steps"
-        for layer in node.hidden:
+    def _hidden(self, call: relax.Call, node: RecurrentCells) -> relax.Expr | Reject | None:
+        """Return a recurrent layer with its hidden matrices in int8, or why they stay in f32."""
+        made, whys = [], []
+        for cell, layer in zip(node.cells, node.hidden, strict=True):
             form = self.forms[layer.key]
-            if why not in form.reason:
-                form.reason = "; ".join(filter(None, (form.reason, f"f32: {why}")))
-        return Reject(node.hidden[0].names[0], why)
+            if layer.precision == "f32" and (why := self._state_obstacle(cell, layer)) is None:
+                form.precision, form.bytes = "int8", self._bytes(layer.op)
+                form.error = math.hypot(form.error, stored_error(form.op.w, "int8"))
+                form.reason = "the state rounded to int8 in every step, exact int32 sums"
+                layer = replace(layer, precision="int8")
+            elif layer.precision == "f32":
+                note = f"f32: {why}"
+                if note not in form.reason:
+                    form.reason = "; ".join(filter(None, (form.reason, note)))
+                whys.append(Reject(layer.names[0], why))
+            made.append(layer)
+        if made == list(node.hidden):
+            return whys[0] if whys else None
+        return self.table.replaced(call, made)
+
+    def _state_obstacle(self, cell: Cell, layer: Layer) -> str | None:
+        """Return why a hidden matrix cannot be multiplied in int8, or None."""
+        if self.precision != "int8":
+            return "products with the state have kernels in f32 and int8 only"
+        if (why := self._obstacle(layer)) is not None:
+            return why
+        if not cell.bounded or cell.split_reset:
+            return "the state has no known bound, or the reset gate comes before the product"
+        return None
 
     def _tables(self, call: relax.Call, node: HashTables) -> relax.Expr | Reject:
         """Return hash tables in the precision; scores and sums stay in f32."""

@@ -30,7 +30,12 @@ from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
 from tvmstruct.schedules.compute.low_precision import pair_vectors
-from tvmstruct.schedules.compute.recurrence import Layout, hidden_parts, pack_units
+from tvmstruct.schedules.compute.recurrence import (
+    Layout,
+    hidden_parts,
+    pack_bytes,
+    pack_units,
+)
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.weights import WeightStore
 
@@ -216,7 +221,8 @@ class EmitKernels:
             given += [relax.const(tensor) for _, tensors in made for tensor in tensors]
             for name, vector in (("bias", layer.bias), ("peepholes", node.peepholes[k])):
                 if vector is not None:
-                    padded = layout.pad(vector.reshape(-1, node.h)).reshape(-1)
+                    rows = np.asarray(vector, np.float32).reshape(-1, node.h)
+                    padded = layout.pad(rows).reshape(-1)
                     given.append(relax.const(self.store.small(name, padded)))
         return self.kernels.recurrence(node.static, tuple(programs)), given
 
@@ -224,11 +230,16 @@ class EmitKernels:
         """Return the program of some gates' hidden products, None for blocks, and its weights."""
         (first, gates), op, groups = part, layer.op, layout.groups
         some = f"{layer.key}#gates{first}+{gates}"
+        width = self.kernels.unit_width
+        if layer.precision == "int8":
+            made = cache(lambda: pack_bytes(op.w, gates, layout, width))
+            key = f"{some}#bytes{width}x{layout.lanes}"
+            names = ("words", "start", "scale")
+            return None, [self.store.tensor(f"{key}.{n}", lambda n=n: made()[n]) for n in names]
         if groups > 1 or isinstance(op, ops.Dense):
-            (w,) = op.arrays()
+            w = np.asarray(next(op.arrays()), np.float32)
             apart = w.reshape(groups, layout.each, -1, layout.each)[:, :, first : first + gates]
             blocks = apart.reshape(groups, layout.each, -1)
-            width = self.kernels.unit_width
             key = f"{some}#units{width}x{layout.lanes}"
             pack = lambda: pack_units(blocks, gates, layout, width)  # noqa: E731
             return None, [self.store.tensor(key, pack)]

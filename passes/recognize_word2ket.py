@@ -1,8 +1,8 @@
 """Read the lookup of a factored table, digit by digit, as one embedding: word2ketXS.
 
 A row of ``sum_k F_1k (x) ... (x) F_nk`` is spelled as gathers by the digits of an id from each
-factor, (t, q, r) for all but the last and (t, r, q) for that, as products of all but the last
-with each other, and as a matmul with the last, which adds up the terms.
+factor, (t, q, r) for all but the last and (t, r, q) for that (or permuted to it), as products of
+all but the last with each other, and as a matmul with the last, which adds up the terms.
 """
 
 from __future__ import annotations
@@ -87,9 +87,17 @@ class RecognizeWord2Ket:
 
     def _gather(self, graph: Graph, expr: relax.Expr) -> _Gather | None:
         take = graph.call(expr, "relax.take")
-        if take is None or not compat.is_constant(table := graph.value(take.args[0])):
+        if take is None:
+            return None
+        turned = graph.call(take.args[0], "relax.permute_dims")  # of a factor in its own order
+        table = graph.value(take.args[0] if turned is None else turned.args[0])
+        if not compat.is_constant(table):
             return None
         array, index = compat.constant_array(table), take.args[1]
+        if turned is not None:
+            array = array.transpose(
+                [int(a) for a in turned.attrs.axes] if turned.attrs.axes else None
+            )
         axis = take.attrs.axis
         if array.ndim != 3 or array.dtype != np.float32 or axis is None or int(axis) != 0:
             return None

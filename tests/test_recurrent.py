@@ -15,6 +15,7 @@ from tvmstruct.families import lgp_shuffle
 from tvmstruct.frontends.recurrent import Recurrence, emit_recurrent
 from tvmstruct.op_text import from_json, to_json
 from tvmstruct.recurrent import Activation, Cell, Recurrent
+from tvmstruct.schedules.compute.low_precision import quantize
 from tvmstruct.testing import tolerance
 
 MODULES = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
@@ -169,6 +170,55 @@ def test_units_in_the_order_of_groups(cell, groups):
     )
     for k, state in enumerate(last, 1):
         np.testing.assert_allclose(state, np.stack([w[k] for w in want]), **tolerance("float32", h))
+
+
+class RoundedState(ops.Dense):
+    """A hidden matrix in int8 that meets states rounded to steps of ``bound / 127``."""
+
+    bound: np.ndarray
+
+    def apply(self, x):
+        q, scale = quantize(self.w)
+        steps = np.rint(x / self.bound * 127)
+        return (steps @ q.astype(float)) * scale * self.bound / 127
+
+
+@pytest.mark.isa("avx512vnni")
+@pytest.mark.parametrize("kind", MODULES)
+def test_int8_rounds_the_state(kind):
+    rng, h = np.random.default_rng(7), 23
+    n = Cell(kind).gates * h
+    w = (rng.normal(size=(h, n)) / 5).astype(np.float32)
+    into, bias = ops.Dense(np.zeros((N_IN, n), np.float32)), rng.normal(size=n).astype(np.float32)
+    layer = Recurrent(Cell(kind), into, ops.Dense(w), bias)
+    model = tvmstruct.compile(module([layer], states=kind == "lstm"), precision="int8")
+    record = next(r for r in model.report().layers if r.shape == (h, n))
+    assert record.form == "dense int8"
+    x = np.zeros((STEPS, BATCH, N_IN), np.float32)
+    start = np.zeros((1, BATCH, h), np.float32)
+    states = []
+    if kind == "lstm":  # a state over 1 is not cut off
+        start[0, 1], states = 3.0, [start, start]
+    y = model(x, *states)[0]
+    rounded = RoundedState(w)
+    object.__setattr__(rounded, "bound", np.maximum(1, np.abs(start[0]).max(1, keepdims=True)))
+    want = replace(layer, hidden=rounded).apply(x, *(s[0] for s in states))[0]
+    np.testing.assert_allclose(y, want, rtol=0, atol=2e-3)  # a rounding may fall the other way
+    exact = layer.apply(x, *(s[0] for s in states))[0]
+    assert np.abs(exact - want).max() > 4 * np.abs(y - want).max()
+
+
+def test_unbounded_states_stay_in_f32():
+    rng, n = np.random.default_rng(8), 4 * H
+    cell = Cell("lstm", tuple(map(Activation, ("sigmoid", "tanh", "relu"))))
+    into = ops.Dense(rng.normal(size=(N_IN, n)).astype(np.float32))
+    hidden = ops.Dense(rng.normal(size=(H, n)).astype(np.float32) / 9)
+    if "avx512vnni" not in tvmstruct.resolve_target("host").features:
+        pytest.skip("int8 needs avx512vnni")
+    report = tvmstruct.compile(module([Recurrent(cell, into, hidden)]), precision="int8").report()
+    record = next(r for r in report.layers if r.shape == (H, n))
+    assert record.form == "dense"
+    assert "no known bound" in record.reason
 
 
 def test_operators_survive_json():

@@ -16,6 +16,7 @@ import typer
 from tvmstruct.errors import InputError, PlanError, TvmstructError
 from tvmstruct.model_argument import PREFIX, ModelArgument, parse_model
 from tvmstruct.skip_option import LEGEND, Memory, SkipOption, chosen, skip_rows
+from tvmstruct.vta.command import vta
 
 if TYPE_CHECKING:
     from tvmstruct.energy_report import EnergyReport
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(vta, name="vta")
 
 BUILT_IN = "or a built-in model such as 'random:bert?layers=2' (see tvmstruct models)"
 

@@ -191,7 +191,7 @@ class RecurrentCells:
     def static(self) -> Recurrence:
         """What the kernel depends on, apart from the forms of the hidden matrices."""
         sides = tuple(
-            Side(cell, layer.bias is not None, holes is not None, order)
+            Side(cell, layer.bias is not None, holes is not None, order, layer.precision)
             for cell, layer, holes, order in zip(
                 self.cells,
                 self.hidden,

@@ -21,6 +21,7 @@ from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
 from tvmstruct.passes.choose_precision import ChoosePrecision
 from tvmstruct.passes.clip_gathers import ClipGathers
 from tvmstruct.passes.emit_kernels import EmitKernels, KernelCall, Select, keep_default
+from tvmstruct.passes.flatten_convolution import FlattenConvolution
 from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_embedding import FuseEmbedding
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
@@ -117,6 +118,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
 def _find_layers(
     table: LayerTable, names: Mapping[int, str], stored: Mapping[str, str], session: Session
 ) -> Iterator[Rule]:
+    yield FlattenConvolution()
     yield ClipGathers()
     yield RecognizeLookup(table, names, session.lookups, session.kernels)
     yield RecognizeRecurrence(table, session.forms, names)

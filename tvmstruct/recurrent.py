@@ -24,6 +24,8 @@ from tvmstruct.ops import Array, Op
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 DEFAULTS = {"lstm": ("sigmoid", "tanh", "tanh"), "gru": ("sigmoid", "tanh"), "rnn": ("tanh",)}
+UNIT = frozenset({"sigmoid", "hardsigmoid"})  # activations from 0 to 1
+SIGNED = UNIT | {"tanh", "softsign"}  # from -1 to 1
 PARAMETERS: dict[str, tuple[float, ...]] = {  # alpha, beta that a name without them means
     "sigmoid": (),
     "tanh": (),
@@ -123,6 +125,13 @@ class Cell:
     def gates(self) -> int:
         """Number of stacked gates."""
         return GATES[self.kind]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether no element of the state gets over 1, or over the first state's maximum."""
+        inner = self.activations[:1] if self.kind == "rnn" else self.activations[1:]
+        gates = () if self.kind == "rnn" else self.activations[:1]
+        return all(a.name in UNIT for a in gates) and all(a.name in SIGNED for a in inner)
 
     @property
     def split_reset(self) -> bool:

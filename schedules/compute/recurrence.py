@@ -15,23 +15,26 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
+from tvmstruct.schedules.compute.low_precision import quantize
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
+OFFSET = 128  # makes bytes of the state unsigned
 
 
 @dataclass(frozen=True)
 class Side:
     """One direction: its cell, and which vectors it has beside its matrices.
 
-    Where ``groups`` is g > 1 unit k * h / g + i of the kernel is unit i * g + k of its state
-    arguments and results.
+    ``hidden`` is the precision of its hidden matrices. Where ``groups`` is g > 1 unit
+    k * h / g + i of the kernel is unit i * g + k of its state arguments and results.
     """
 
     cell: Cell
     hidden_bias: bool
     peepholes: bool
     groups: int = 0
+    hidden: str = "f32"
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,10 @@ class Layout:
         return found
 
     def pad(self, array: np.ndarray) -> np.ndarray:
-        """Return (..., groups * each), group after group, as float32 with each group padded."""
+        """Return (..., groups * each), group after group, each group padded with zeros."""
         apart = array.reshape(*array.shape[:-1], self.groups, self.each)
         widths = [(0, 0)] * (apart.ndim - 1) + [(0, self.padded - self.each)]
-        return np.ascontiguousarray(np.pad(apart, widths), np.float32)
+        return np.ascontiguousarray(np.pad(apart, widths))
 
 
 def pack_units(w: np.ndarray, gates: int, layout: Layout, width: int) -> np.ndarray:
@@ -118,7 +121,21 @@ def pack_units(w: np.ndarray, gates: int, layout: Layout, width: int) -> np.ndar
         padded[..., first : first + lanes * count].reshape(groups, -1)
         for first, lanes, count in layout.blocks(width)
     )
-    return np.concatenate(list(blocks), axis=1).reshape(-1).astype(np.float32)
+    return np.concatenate(list(blocks), axis=1).reshape(-1)
+
+
+def pack_bytes(w: np.ndarray, gates: int, layout: Layout, width: int) -> dict[str, np.ndarray]:
+    """Return w (k, gates * h) in int8: words of four k each, where sums start, and scales.
+
+    The state's bytes are kept with 128 added, which ``start`` takes away.
+    """
+    q, scale = quantize(w)
+    four = np.pad(q, ((0, -len(q) % 4), (0, 0))).reshape(-1, 4, q.shape[1])
+    words = np.ascontiguousarray(four.swapaxes(1, 2)).view(np.int32)[..., 0]
+    start = -OFFSET * q.sum(axis=0, dtype=np.int32)
+    apart = {"start": start, "scale": scale.astype(np.float32)}
+    padded = {k: layout.pad(v.reshape(gates, -1)).reshape(-1) for k, v in apart.items()}
+    return {"words": pack_units(words[None], gates, layout, width), **padded}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class _Dot:
             return self.start[T.ramp(base + v * lanes, 1, lanes)]
 
         def dot(total, left, right):
-            return _dot(total, left, right, lanes)
+            return byte_dot(total, left, right, lanes)
 
         tile_shape = (height, VECTORS)
         sums = accumulate(
@@ -152,7 +152,7 @@ def _fma(a, b, c):
     )
 
 
-def _dot(total, left, right, lanes: int):
+def byte_dot(total, left, right, lanes: int):
     """Return ``total`` plus the products of words, by the instruction of 512 or of 256 bits."""
     name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
     words = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (left, right))

@@ -37,6 +37,7 @@ from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
 from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
+from tvmstruct.schedules.x86.recurrent_bytes import ByteProduct
 from tvmstruct.schedules.x86.recurrent_product import (
     WIDTH,
     BlockProduct,
@@ -95,7 +96,8 @@ def recurrence(
 
 def _macs(r: Recurrence, side: compute.Side, gates: int, program: Program | None) -> int:
     if program is None:
-        return r.h * r.h * gates // (side.groups or 1)
+        macs = r.h * r.h * gates // (side.groups or 1)
+        return macs if side.hidden == "f32" else macs // 4  # as long as so many in f32 take
     return sum(getattr(stage, "macs", 0) for stage in program.stages)
 
 
@@ -143,7 +145,14 @@ class _Kernel:
         layout = Layout(groups, r.h // groups, self.isa.lanes)
         z = argument(f"z{number}", (m, i64(gates * r.h)))
         weights = []
-        for (_, some), program in zip(hidden_parts(side.cell), self.programs[number], strict=True):
+        whole = gates * layout.size
+        if side.hidden == "int8":
+            words = -(-r.h // 4) * whole
+            kinds = {"words": (words, "int32"), "start": (whole, "int32")}
+            kinds["scale"] = (whole, "float32")
+            weights.append([argument(f"{k}{number}", (i64(n),), d) for k, (n, d) in kinds.items()])
+        parts = () if side.hidden == "int8" else hidden_parts(side.cell)
+        for (_, some), program in zip(parts, self.programs[number], strict=False):
             sizes = (
                 [(layout.each * some * layout.size, "float32")]
                 if program is None
@@ -190,7 +199,9 @@ class _Side:
         for (_, gates), program, weights in zip(
             hidden_parts(self.cell), programs, self.weights, strict=True
         ):
-            if program is None:
+            if r.sides[self.number].hidden == "int8":
+                self.products.append(ByteProduct(shape, gates, *weights))
+            elif program is None:
                 self.products.append(BlockProduct(shape, gates, *weights))
             else:
                 self.products.append(
@@ -201,13 +212,13 @@ class _Side:
         """Emit the first state, all steps, the last state."""
         kernel, r = self.kernel, self.kernel.r
         held = [self.state, self.memory][: 1 + r.lstm]
-        for product in self.products:
-            product.begin()
         for buffer in self.reset:  # TVM would else shrink it to what one turn of a loop touches
             with loops(self.size) as (i,):
                 T.buffer_store(buffer, T.float32(0), [i])
         for buffer, (given, _) in zip(held, self.states, strict=True):
             self._exchange(buffer, T.int64(0), given, load=True)
+        for product in self.products:
+            product.begin(self.state)
         with team() if kernel.workers > 1 else nullcontext():
             with loops(kernel.steps) as (t,), block("step", [(kernel.steps, t)]) as (step,):
                 self._touch()
@@ -305,6 +316,7 @@ class _Side:
                 with T.Else():
                     old = self.state[self._place(row, units, now)]
                     T.buffer_store(self.state, old, [self._place(row, units, then)])
+                    self.products[0].keep(row, units, then, old)
                     self._store_y(t * batch + row, units, _vectors(units).splat(0))
 
     def _place(self, row: Expr, units: Units, start: Expr | int | None = 0):
@@ -340,6 +352,7 @@ class _Side:
 
     def _store(self, at_row: Expr, row: Expr, units: Units, then: Expr, h: Expr) -> None:
         T.buffer_store(self.state, h, [self._place(row, units, then)])
+        self.products[0].keep(row, units, then, h)
         self._store_y(at_row, units, h)
 
     def _store_y(self, at_row: Expr, units: Units, h: Expr) -> None:

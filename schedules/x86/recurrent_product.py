@@ -12,9 +12,9 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import i64, loops
+from tvmstruct.schedules.compute import product_tile
 from tvmstruct.schedules.compute.chain import GAP, RowNest, StagedProduct
 from tvmstruct.schedules.compute.dense import row_segments
-from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.compute.recurrence import Layout, Units
 from tvmstruct.schedules.compute.row_steps import Scratch
 from tvmstruct.schedules.compute.team import barrier
@@ -38,8 +38,12 @@ class Product(Protocol):
         """Memory that a step writes."""
         ...
 
-    def begin(self) -> None:
-        """Prepare the memory once for all steps."""
+    def begin(self, state: tirx.Buffer) -> None:
+        """Prepare the memory once for all steps from the first state."""
+        ...
+
+    def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
+        """Take note of new units of the state that begins at ``start``."""
         ...
 
     def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
@@ -85,7 +89,7 @@ class Shape:
             yield turn
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockProduct:
     """Dense blocks, one for each group of units, packed by `pack_units`; one block is dense.
 
@@ -102,8 +106,11 @@ class BlockProduct:
         """Memory that a step writes."""
         return []
 
-    def begin(self) -> None:
+    def begin(self, state: tirx.Buffer) -> None:
         """Prepare nothing."""
+
+    def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
+        """Keep nothing."""
 
     def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
@@ -130,7 +137,7 @@ class BlockProduct:
         for top, height, tiles in self._tiles(self.gates * vectors):
             with loops(tiles) as (tile,):
                 row = top + tile * height
-                sums = self._sums(block, height, source, place, row)
+                sums = self._sums(Tile(block, height), source, place, row)
                 for line in range(height):
                     for v, count in enumerate(block.counts):
                         u = [sums[gate * vectors + v][line] for gate in range(self.gates)]
@@ -144,10 +151,9 @@ class BlockProduct:
         whole, rest = divmod(batch, most)
         return [(0, most, whole), *([(whole * most, rest, 1)] if rest else [])]
 
-    def _sums(
-        self, block: _Block, height: int, source: tirx.Buffer, place: Expr, row: Expr
-    ) -> list[list[Expr]]:
+    def _sums(self, tile: Tile, source: tirx.Buffer, place: Expr, row: Expr) -> list[list[Expr]]:
         """Return the sums of a tile as ``[column][line]``; a column is a vector of a gate."""
+        block, height = tile.block, tile.height
         layout, lanes, columns = self.shape.layout, block.lanes, self.gates * len(block.counts)
         groups, each = layout.groups, layout.each
         start = block.group * (each * self.gates * layout.padded)
@@ -186,6 +192,14 @@ class _Block:
     counts: list[int]
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A block of units for ``height`` rows."""
+
+    block: _Block
+    height: int
+
+
 class StructuredProduct:
     """The stages of a structured operator on all rows; its sums, which are few, are read again."""
 
@@ -195,7 +209,7 @@ class StructuredProduct:
         gates: int,
         program: Program,
         weights: list[tirx.Buffer],
-        tiles: dict[Tile, int],
+        tiles: dict[product_tile.Tile, int],
     ) -> None:
         self.shape, self.gates, self.weights = shape, gates, weights
         isa, batch = shape.isa, shape.batch
@@ -217,7 +231,10 @@ class StructuredProduct:
         """Memory that a step writes."""
         return [self.sums.buffer, *(b for b in self.between if b is not None)]
 
-    def begin(self) -> None:
+    def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
+        """Keep nothing."""
+
+    def begin(self, state: tirx.Buffer) -> None:
         """Clear the sums: the last vector of units reaches into what follows them."""
         with loops(self.sums.buffer.shape[0]) as (i,):
             T.buffer_store(self.sums.buffer, T.float32(0), [i])

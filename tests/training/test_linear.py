@@ -13,9 +13,11 @@ from tvmstruct import embeddings, ops
 from tvmstruct.families import FAMILIES
 from tvmstruct.testing import tolerance
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from tvmstruct.training import StructuredEmbedding, StructuredLinear  # noqa: E402
+import torch
+
+from tvmstruct.training import StructuredEmbedding, StructuredLinear
 
 over_expressions = pytest.mark.parametrize("name", EXPRESSIONS)
 FAMILY_SIZES = {  # large enough for the law of large numbers
@@ -79,6 +81,7 @@ def test_gradients_are_those_of_the_dense_matrix(name: str) -> None:
             down = (layer(x) * torch.from_numpy(v)).sum()
             parameter += step
         want = float(up - down) / 2
+        assert parameter.grad is not None
         got = float((parameter.grad * step).sum())
         assert got == pytest.approx(want, rel=1e-4, abs=1e-9 * float(up.abs() + 1))
 

@@ -1,12 +1,14 @@
 """Tiled products as VTA programs: what they occupy and how long they take."""
 
+import numpy as np
 import pytest
 
 from tvmstruct.errors import VtaConfigError
 from tvmstruct.vta import gemm_stream
 from tvmstruct.vta.config import DEFAULT, Config, Memory
 from tvmstruct.vta.cycles import STANDARD, predict
-from tvmstruct.vta.isa import Gemm, Load, encode_stream
+from tvmstruct.vta.isa import Gemm, Load, encode_stream, encode_uops
+from tvmstruct.vta.simulator import simulate
 
 SHAPES = [(256, 256, 256), (1, 100, 77), (37, 320, 48)]
 
@@ -69,3 +71,43 @@ def test_buffers_of_one_tile_are_refused():
     assert small.depth(Memory.INP) == 1
     with pytest.raises(VtaConfigError, match="no two tiles"):
         gemm_stream.best_tiling(16, 16, 16, small, STANDARD)
+
+
+def tiles(matrix, rows, columns):
+    """Return ``matrix`` as [i][j] tiles of ``rows`` x ``columns``, row by row."""
+    i, j = matrix.shape[0] // rows, matrix.shape[1] // columns
+    return np.ascontiguousarray(matrix.reshape(i, rows, j, columns).transpose(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "config", [DEFAULT, Config(log_batch=2, log_block=3)], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("chunks", [(12, 5, 3), (5, 2, 2), (1, 1, 1)], ids=str)
+def test_program_computes_the_product(config, chunks, rng):
+    """In the functional simulator, every rule of portable programs checked, against numpy."""
+    m, k, n, (tm, tk, tn) = 12, 5, 3, chunks
+    tiling = gemm_stream.Tiling(m, k, n, tm, tk, tn)
+    full = [-(-a // b) * b for a, b in ((m, tm), (n, tn))], tiling.steps * tk
+    (rows, columns), depth = full
+    batch, ci, co = config.batch, config.block_in, config.block_out
+    x = rng.integers(-128, 128, (rows * batch, depth * ci))
+    w = rng.integers(-128, 128, (columns * co, depth * ci))
+    tiling = gemm_stream.Tiling(rows, depth, columns, tm, tk, tn)
+    base, image, bases = 0x10000, bytearray(), []
+    parts = (
+        (Memory.UOP, encode_uops(gemm_stream.uops(tiling, config), config)),
+        (Memory.INP, tiles(x, batch, ci).astype(np.int8).tobytes()),
+        (Memory.WGT, tiles(w, co, ci).astype(np.int8).tobytes()),
+        (Memory.OUT, bytes(rows * columns * config.tile_bytes(Memory.OUT))),
+    )
+    for memory, data in parts:
+        image += bytes(-len(image) % 4096)
+        bases.append((base + len(image)) // config.tile_bytes(memory))
+        image += data
+    stream = gemm_stream.program(tiling, config, bases=tuple(bases))
+    after = simulate(stream, bytes(image), base, config).dram
+    start = bases[3] * config.tile_bytes(Memory.OUT) - base
+    out = after[start : start + rows * columns * batch * co].view(np.int8)
+    want = np.clip((x @ w.T) >> 8, -128, 127)
+    np.testing.assert_array_equal(out.reshape(rows, columns, batch, co), tiles(want, batch, co))
+    assert predict(stream, config).cycles > tiling.m * tiling.k * tiling.n

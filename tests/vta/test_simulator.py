@@ -200,7 +200,8 @@ def test_the_given_image_is_not_changed() -> None:
         ("load.inp dram=0xff rows=1x1", "dram-range: .* touches 0xff0 to 0x1000; the image has"),
         ("store.out dram=0x4ff rows=1x2 push=prev", "dram-range: .* touches 0x4ff0 to 0x5010"),
         ("load.acc dram=0xffffffff rows=1x1", "dram-range: .* addresses have 32 bits"),
-        ("load.out dram=0x100 rows=1x1", "load-memory: .* nothing can be loaded into out"),
+        ("load.out dram=0x100 rows=1x1", "memory: .* nothing can be loaded into out"),
+        ("store.acc dram=0x40 rows=1x1", "memory: .* only out can be stored"),
     ],
 )
 def test_out_of_range(text: str, message: str) -> None:

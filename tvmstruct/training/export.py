@@ -184,12 +184,11 @@ class _Writer:
         emit, table = bb.emit, layer.table()
         steps, batch = (int(d) for d in ids.ty.shape)
         unit, digits = 1, list[relax.Expr]()
-        for factor in reversed(table.factors):
+        for place, factor in reversed(list(enumerate(table.factors))):
             digit = emit(R.divide(ids, relax.const(unit, "int64"))) if unit > 1 else ids
             base = relax.const(factor.shape[1], "int64")
-            digits.append(emit(R.floor_mod(digit, base)))
+            digits.insert(0, emit(R.floor_mod(digit, base)) if place else digit)
             unit *= factor.shape[1]
-        digits.reverse()
         left, width = None, 1
         *firsts, last = layer.names
         for name, digit in zip(firsts, digits, strict=False):

@@ -173,8 +173,10 @@ def to_png(found: Exploration) -> bytes:
     left, right = figure.subplots(1, 2)
     shares = [100 * point.share for point in found.points]
     left.plot(shares, [p.milliseconds for p in found.points], "o-", drawstyle="steps-post")
-    for share, point in zip(shares, found.points, strict=True):
-        left.annotate(point.config.name.split("_")[0], (share, point.milliseconds), fontsize=7)
+    units = [f"{p.config.batch}x{p.config.block_in}" for p in found.points]
+    for i, unit in enumerate(units):
+        if unit not in units[:i]:
+            left.annotate(unit, (shares[i], found.points[i].milliseconds), fontsize=8)
     left.set_title(f"VTA on {found.board}: batch x block of the matrix unit", fontsize=10)
     parts = [100 * row.part for row in found.lanes]
     right.plot(parts, [row.adaptive.milliseconds for row in found.lanes], "o-", label="adaptive")

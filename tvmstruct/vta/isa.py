@@ -27,6 +27,7 @@ from tvmstruct.vta.instructions import (
     Store,
     Unit,
     Uop,
+    VectorGemm,
     nop,
     unit_of,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Store",
     "Unit",
     "Uop",
+    "VectorGemm",
     "check",
     "decode",
     "decode_stream",
@@ -91,11 +93,6 @@ class Field:
         """Ones where the field lies."""
         return ((1 << self.width) - 1) << self.low
 
-    def read(self, bits: int) -> int:
-        """Return the field's value in ``bits``."""
-        value = (bits & self.mask) >> self.low
-        return value - (1 << self.width) if self.signed and value > self.largest else value
-
 
 DEPS = ("pop_prev", "pop_next", "push_prev", "push_next")
 _CLASS: dict[Opcode, type[Any]] = {
@@ -104,8 +101,10 @@ _CLASS: dict[Opcode, type[Any]] = {
     Opcode.GEMM: Gemm,
     Opcode.FINISH: Finish,
     Opcode.ALU: Alu,
+    Opcode.VGEMM: VectorGemm,
 }
 _OPCODE = {kind: opcode for opcode, kind in _CLASS.items()}
+_DEPS = tuple(Deps(*(bool(n >> i & 1) for i in range(4))) for n in range(16))
 # Fields that are not plain integers, and how to make them.
 _KINDS: dict[str, type[int]] = {
     "memory": Memory,
@@ -151,6 +150,8 @@ def _widths(opcode: Opcode, config: Config) -> tuple[tuple[str, int], ...]:
     )
     if opcode is Opcode.ALU:
         return (*loops, ("alu_opcode", 3), ("use_imm", 1), ("imm", 16))
+    if opcode is Opcode.VGEMM:
+        return (*loops, ("wgt_factor_out", 0), ("wgt_factor_in", 0), ("vec_base", src))
     wgt = config.log_depth(Memory.WGT)
     return (*loops, ("wgt_factor_out", wgt), ("wgt_factor_in", wgt))
 
@@ -170,10 +171,20 @@ def _used(opcode: Opcode, config: Config) -> int:
 def check(instruction: Instruction, config: Config = DEFAULT) -> None:
     """Raise VtaEncodingError for the first value that its field cannot hold."""
     opcode = _opcode(instruction)
+    if opcode not in _known(config):
+        raise VtaEncodingError(
+            f"{opcode.name}: {config.name} has no such instruction; it needs the extension vvma"
+        )
     for name in DEPS:
         _check_flag(opcode, name, getattr(instruction.deps, name))
     for name, field in _names(opcode, config):
         _check_value(opcode, name, field, getattr(instruction, name))
+
+
+@cache
+def _known(config: Config) -> tuple[Opcode, ...]:
+    """Return the opcodes of a design."""
+    return tuple(k for k in Opcode if k is not Opcode.VGEMM or "vvma" in config.extensions)
 
 
 def _opcode(instruction: Instruction) -> Opcode:
@@ -197,13 +208,17 @@ def _check_value(opcode: Opcode, name: str, field: Field | None, value: Any) -> 
         _check_flag(opcode, name, value)
     elif isinstance(value, bool) or not isinstance(value, int):
         raise VtaEncodingError(f"{opcode.name}: {name} is {value!r}, want an integer")
-    elif issubclass(kind, IntEnum) and value not in list(kind):
-        known = ", ".join(f"{k.value} {k.name.lower()}" for k in kind)
-        raise VtaEncodingError(f"{opcode.name}: {name} is {value}; known are {known}")
-    elif not field.fits(value):
+    _check_member(opcode, name, kind, value)
+    if not field.fits(value):
         raise VtaEncodingError(
             f"{opcode.name}: {name} is {value}, want {field.smallest} to {field.largest}"
         )
+
+
+def _check_member(opcode: Opcode, name: str, kind: type[int], value: int) -> None:
+    if issubclass(kind, IntEnum) and value not in list(kind):
+        known = ", ".join(f"{k.value} {k.name.lower()}" for k in kind)
+        raise VtaEncodingError(f"{opcode.name}: {name} is {value}; known are {known}")
 
 
 def encode(instruction: Instruction, config: Config = DEFAULT) -> bytes:
@@ -224,8 +239,8 @@ def decode(data: bytes, config: Config = DEFAULT, *, ignore_unused: bool = False
     if len(data) != INSTRUCTION_BYTES:
         raise VtaEncodingError(f"an instruction has {INSTRUCTION_BYTES} bytes, not {len(data)}")
     bits = int.from_bytes(data, "little")
-    if bits & 7 not in list(Opcode):
-        known = ", ".join(f"{int(k)} {k.name}" for k in Opcode)
+    if bits & 7 not in _known(config):
+        known = ", ".join(f"{int(k)} {k.name}" for k in _known(config))
         raise VtaEncodingError(f"opcode is {bits & 7}; known are {known}")
     opcode = Opcode(bits & 7)
     unused = bits & ~_used(opcode, config)
@@ -235,14 +250,26 @@ def decode(data: bytes, config: Config = DEFAULT, *, ignore_unused: bool = False
             f"{config.name}; was it made for another configuration?"
         )
     values: dict[str, Any] = {}
-    for name, field in _names(opcode, config):
-        value = field.read(bits) if field else 0
-        kind = _KINDS.get(name)
-        if kind is not None:
-            _check_value(opcode, name, field, value)
+    for name, low, mask, half, kind in _readers(opcode, config):
+        value = bits >> low & mask
+        if value >= half:
+            value -= mask + 1
+        if kind is not int:
+            _check_member(opcode, name, kind, value)
             value = kind(value)
         values[name] = value
-    return _CLASS[opcode](**values, deps=Deps(*(bool(bits >> (3 + i) & 1) for i in range(4))))
+    return _CLASS[opcode](**values, deps=_DEPS[bits >> 3 & 15])
+
+
+@cache
+def _readers(opcode: Opcode, config: Config) -> tuple[tuple[str, int, int, int, type[int]], ...]:
+    """Return name, lowest bit, mask, first negative value and type of each field."""
+    readers: list[tuple[str, int, int, int, type[int]]] = []
+    for name, field in _names(opcode, config):
+        low, width = (field.low, field.width) if field else (0, 0)
+        half = 1 << (width - 1) if field and field.signed else 1 << width
+        readers.append((name, low, (1 << width) - 1, half, _KINDS.get(name, int)))
+    return tuple(readers)
 
 
 def encode_stream(instructions: Iterable[Instruction], config: Config = DEFAULT) -> bytes:

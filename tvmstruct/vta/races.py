@@ -8,10 +8,11 @@ it in its unit and of those whose tokens it pops.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from tvmstruct.vta.accesses import Accesses
-from tvmstruct.vta.config import Memory
+from tvmstruct.vta.config import Config, Memory
 from tvmstruct.vta.isa import Finish, Instruction, Unit
 from tvmstruct.vta.queues import (
     INITIAL,
@@ -24,7 +25,10 @@ from tvmstruct.vta.queues import (
     pushes,
 )
 from tvmstruct.vta.rules import shown
+from tvmstruct.vta.windows import Footprint, Window, footprint
 
+# Comparisons of what may overlap in DRAM, a few microseconds each.
+PAIRS = 200_000
 Clock = tuple[int, int, int]
 NEVER: Clock = (0, 0, 0)
 
@@ -37,6 +41,7 @@ class Finding(NamedTuple):
     message: str
 
 
+@lru_cache(maxsize=1)
 def clocks(found: Order) -> list[Clock]:
     """Return for each instruction the instructions of every unit complete before it starts."""
     result: list[Clock] = [NEVER] * len(found.units)
@@ -68,25 +73,51 @@ def positions(found: Order) -> list[int]:
 
 
 def find_races(
-    program: Sequence[Instruction], found: Order, touched: Sequence[Accesses]
+    program: Sequence[Instruction], found: Order, touched: Sequence[Accesses], config: Config
 ) -> Iterator[Finding]:
     """Yield pairs of instructions that may run at the same time on what one of them writes."""
     clock = clocks(found)
     done: dict[Unit, list[int]] = {unit: [] for unit in Unit}
+    prints: dict[Unit, list[Footprint]] = {unit: [] for unit in Unit}
+    windows = {(unit, other): Window(prints[other]) for unit in Unit for other in Unit}
+    budget = PAIRS
     for index in found.sequence:
-        unit = found.units[index]
+        unit, mine = found.units[index], footprint(touched[index], config)
         for other in Unit:
-            if other is unit:
+            start = clock[index][other]
+            if other is unit or not windows[unit, other].joined(start).may_conflict(mine):
                 continue
-            for rival in done[other][clock[index][other] :]:
-                if what := _conflict(touched[rival], touched[index]):
-                    message = (
-                        f"{described(rival, program[rival])} and "
-                        f"{described(index, program[index])} may run at the same time, and both "
-                        f"touch {what}; no token orders them"
-                    )
-                    yield Finding("race", (rival, index), message)
+            rivals = done[other][start:]
+            budget -= len(rivals)
+            if budget < 0:
+                yield _too_many(index, program, len(rivals))
+                return
+            yield from _pairs(index, rivals, program, touched)
         done[unit].append(index)
+        prints[unit].append(mine)
+
+
+def _pairs(
+    index: int,
+    rivals: Sequence[int],
+    program: Sequence[Instruction],
+    touched: Sequence[Accesses],
+) -> Iterator[Finding]:
+    for rival in rivals:
+        if what := _conflict(touched[rival], touched[index]):
+            message = (
+                f"{described(rival, program[rival])} and {described(index, program[index])} may "
+                f"run at the same time, and both touch {what}; no token orders them"
+            )
+            yield Finding("race", (rival, index), message)
+
+
+def _too_many(index: int, program: Sequence[Instruction], rivals: int) -> Finding:
+    message = (
+        f"{described(index, program[index])} may run at the same time as {rivals} others near it "
+        "in DRAM, too many to compare; order them by tokens"
+    )
+    return Finding("race", (index,), message)
 
 
 def _conflict(a: Accesses, b: Accesses) -> str | None:

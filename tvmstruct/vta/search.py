@@ -3,6 +3,9 @@
 The same three steps as for lanes (Algorithm 1 of NLP-Fast): sequential least squares over
 continuous parameters with an analytic latency, rounding, and a loop that moves resources from one
 part of the design to another for as long as the cycle model says that it pays.
+
+Sizes other than the default's need VTA's HLS design: the Chisel one has fixed fields and an ALU
+for a batch of 1.  The cycle model's rules were measured on the default design and are carried over.
 """
 
 from __future__ import annotations
@@ -103,14 +106,10 @@ class Search:
             return None
         best = self.time(start)
         for _ in range(ROUNDS):
-            found = min(
-                (self.time(config) for config in self._promising(best.config, limits)),
-                key=lambda point: point.cycles,
-                default=best,
-            )
-            if found.cycles >= best.cycles:
+            tried = [self.time(config) for config in self._promising(best, limits)]
+            if not tried:
                 break
-            best = found
+            best = min([best, *tried], key=lambda point: point.cycles)
         return best
 
     def _round(self, x: np.ndarray, limits: Resources) -> Config | None:
@@ -126,16 +125,18 @@ class Search:
                 return None
             values[int(np.argmax(room))] -= 1
 
-    def _promising(self, config: Config, limits: Resources) -> list[Config]:
-        """Return the neighbours that fit, those with the least estimates."""
+    def _promising(self, best: Point, limits: Resources) -> list[Config]:
+        """Return untried neighbours that fit and may be faster, those with the least estimates."""
         fitting: list[tuple[float, Config]] = []
-        for near in neighbours(config):
+        for near in neighbours(best.config):
             if near in self.points or not vta_resources(near, self.limits).fits(limits):
                 continue
             try:
-                fitting.append((self.estimate(near), near))
+                estimate = self.estimate(near)
             except VtaConfigError:  # no two tiles of each operand fit
                 continue
+            if estimate < best.cycles:
+                fitting.append((estimate, near))
         return [near for _, near in sorted(fitting, key=lambda pair: pair[0])[:MOVES]]
 
 

@@ -25,12 +25,14 @@ from tvmstruct.vta.isa import (
     Instruction,
     Load,
     Store,
+    VectorGemm,
     decode_stream,
 )
 from tvmstruct.vta.kernels import element_dtype, kernels
 from tvmstruct.vta.portable import Level, register_shift_limit, verify
 from tvmstruct.vta.queues import Token, described, order
 from tvmstruct.vta.scratchpads import ScratchpadState
+from tvmstruct.vta.vector_gemm import vector_gemm
 
 TILE_OP_LIMIT = 1 << 28
 
@@ -125,14 +127,14 @@ class Machine:
         found = order(program, self.tokens)
         if strict:
             verify(program, image, base, self.config, level, state=self.state, found=found)
-        launch = _Launch(self, program, memory, level if strict else None)
+        launch = Launch(self, program, memory, level if strict else None)
         for index in found.sequence:
             launch.run(index)
         self.tokens = dict(found.left)
         return Run(image, launch.counters, found.sequence)
 
 
-class _Launch:
+class Launch:
     """One program on a machine, instruction by instruction."""
 
     def __init__(
@@ -165,7 +167,7 @@ class _Launch:
         """Copy rows into a scratchpad, zeros around them."""
         if i.memory is Memory.OUT:
             raise VtaRunError(
-                "load-memory", f"{described(index, i)}: nothing can be loaded into out", index
+                "memory", f"{described(index, i)}: nothing can be loaded into out", index
             )
         if i.is_nop:
             return
@@ -190,6 +192,8 @@ class _Launch:
 
     def store(self, index: int, i: Store, touched: Accesses) -> None:
         """Copy the low bits of accumulators to rows."""
+        if i.memory is not Memory.OUT and not i.is_nop:
+            raise VtaRunError("memory", f"{described(index, i)}: only out can be stored", index)
         if touched.dram is None:
             return
         rows = self.memory.rows(index, i, touched.dram)
@@ -208,13 +212,16 @@ class _Launch:
         if i.reset:
             machine.acc[tiles(touched.writes[Memory.ACC])] = 0
             return
+        self.counters.gemm_counter += i.tile_ops
+        if isinstance(i, VectorGemm):
+            vector_gemm(i, machine.uops, machine.acc, machine.inp, machine.wgt)
+            return
         t = machine._tensors
         kernels(self.config).gemm(
             t["acc"], t["inp"], t["wgt"], t["uops"], i.uop_bgn, i.uop_end - i.uop_bgn,
             i.iter_out, i.iter_in, i.dst_factor_out, i.dst_factor_in, i.src_factor_out,
             i.src_factor_in, i.wgt_factor_out, i.wgt_factor_in,
         )  # fmt: skip
-        self.counters.gemm_counter += i.tile_ops
 
     def alu(self, index: int, i: Alu, touched: Accesses) -> None:
         """Apply a vector operation."""

@@ -235,3 +235,35 @@ ROWS = (
     _row(3, "WikiText-103", XL, 64, 138.1, 35.9),
 )
 """Every row of Tables 1 to 3 that prints clocks; De-En and En-De have the same figures."""
+
+LABEL, NUMBER = 55, 9  # characters
+
+
+def to_plain(row: Row) -> dict[str, object]:
+    """Return a row for JSON: millions of weights and clocks, and the relative difference."""
+    return {
+        "table": row.table,
+        "task": row.task,
+        "model": row.workload.name,
+        "vvma": row.vvma,
+        "k": row.k,
+        "diagonals": row.diagonals,
+        "params": row.params,
+        "printed_params": row.printed_params,
+        "clocks": row.clocks,
+        "printed_clocks": row.printed_clocks,
+        "difference": row.difference,
+    }
+
+
+def table() -> str:
+    """Return all rows as text: weights and clocks in millions, and how far the clocks are off."""
+    names = ("params", "paper", "clocks", "paper", "differ")
+    head = f"{'table, task, model':<{LABEL}}" + "".join(f"{name:>{NUMBER}}" for name in names)
+    return "\n".join([head, *map(_line, ROWS)])
+
+
+def _line(row: Row) -> str:
+    numbers = row.params, row.printed_params, row.clocks, row.printed_clocks
+    cells = "".join(f"{number:{NUMBER}.2f}" for number in numbers)
+    return f"{row.label:<{LABEL}}{cells}{row.difference:+{NUMBER}.2%}"
