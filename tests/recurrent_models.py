@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from tests.models import make_model, rng, value
 
@@ -98,3 +98,24 @@ def recurrent_model(node: Node, lengths: str | None = None) -> ModelProto:
         [value(n, None, elem) for n in names],
         node.arrays(),
     )
+
+
+def branch_model() -> ModelProto:
+    """Return ``x @ w`` for one row, an LSTM over x for more: an ``If`` that the shapes decide."""
+
+    def branch(nodes: list[NodeProto], output: str, **arrays: np.ndarray) -> GraphProto:
+        held = [numpy_helper.from_array(a, k) for k, a in arrays.items()]
+        return helper.make_graph(nodes, "branch", [], [value(output, None)], held)
+
+    n, cell = helper.make_node, Node(n=7, h=6).arrays()
+    lstm = n("LSTM", ["x", "w", "r", "b"], ["", "h"], hidden_size=6, name="rnn")
+    several = branch([lstm], "h", **cell)
+    one = branch([n("MatMul", ["x", "w"], ["h"])], "h", w=rng(1).normal(size=(7, 6)).astype("f"))
+    nodes = [
+        n("Shape", ["x"], ["shape"]),
+        n("Gather", ["shape", "zero"], ["steps"]),
+        n("Equal", ["steps", "one"], ["single"]),
+        n("If", ["single"], ["y"], name="choice", then_branch=one, else_branch=several),
+    ]
+    arrays = {"zero": np.array(0, np.int64), "one": np.array(1, np.int64)}
+    return make_model(nodes, [value("x", ["s", 3, 7])], [value("y", None)], arrays)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 
 from tests import models
+from tests.recurrent_models import Node, branch_model, recurrent_model
 from tvmstruct.errors import TvmstructError
 from tvmstruct.frontends import from_onnx
 
@@ -23,10 +24,16 @@ def originals():
     return [models.encoder_model(13), models.dense_model(17), models.gemm_model(0, 1, 0.5, 2.0)]
 
 
-def mutate(seed):
+@cache
+def recurrent():
+    gru = Node("GRU", "bidirectional", states=True, lengths=[2, 5, 1], activations=["Elu"] * 4)
+    return [recurrent_model(gru), recurrent_model(Node(peepholes=True, clip=0.5)), branch_model()]
+
+
+def mutate(seed, models=None):
     """Flip bytes, cut, repeat or overwrite a small model (weights are mostly spared)."""
     pick = random.Random(seed)
-    model = originals()[seed % 3]
+    model = (models or originals())[seed % 3]
     data = bytearray(model.SerializeToString())
     header = [i for i in range(len(data)) if i < 600 or i > len(data) - 400]
     kind = pick.choice(["flip", "flip", "bits", "cut", "drop", "repeat"])
@@ -64,13 +71,13 @@ def behaves(data):
     return load(data) is not None
 
 
-def run(seeds):
+def run(seeds, models=None):
     """Load every mutant in a daemon thread, so that a hang fails the test."""
     results, errors = [], []
 
     def work():
         try:
-            results.extend(behaves(mutate(seed)) for seed in seeds)
+            results.extend(behaves(mutate(seed, models)) for seed in seeds)
         except BaseException as error:
             errors.append((seed_of(results, seeds), error))
 
@@ -87,7 +94,7 @@ def seed_of(results, seeds):
 
 
 def test_originals_are_accepted():
-    assert all(behaves(m.SerializeToString()) for m in originals())
+    assert all(behaves(m.SerializeToString()) for m in originals() + recurrent())
 
 
 def test_mutated_files():
@@ -95,9 +102,15 @@ def test_mutated_files():
     assert not all(results)
 
 
+def test_mutated_recurrent_files():
+    results = run(range(60), recurrent())
+    assert not all(results)
+
+
 @pytest.mark.slow
-def test_2000_mutated_files():
-    results = run(range(2000))
+@pytest.mark.parametrize("kind", [originals, recurrent])
+def test_2000_mutated_files(kind):
+    results = run(range(2000), kind())
     assert 100 < sum(results) < 1900
 
 

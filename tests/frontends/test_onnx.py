@@ -340,3 +340,13 @@ def test_real_models_match(package):
     found = models.run_module(source.at({n: a.shape for n, a in feeds.items()}), feeds.values())
     for a, b in zip(found, models.run_onnx(path, feeds), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_every_mode_of_padding(mode):
+    node = helper.make_node("Pad", ["x", "pads"], ["y"], mode=mode)
+    pads = {"pads": np.array([0, 2, 0, 3], np.int64)}
+    check(
+        models.make_model([node], [value("x", [2, 10])], [value("y", None)], pads),
+        {"x": random(2, 10)},
+    )

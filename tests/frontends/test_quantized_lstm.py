@@ -7,6 +7,7 @@ from onnx import helper
 import tvmstruct
 from tests.models import make_model, rng, run_onnx, value
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
+from tvmstruct.testing import tolerance
 
 STEPS, BATCH, N, H = 6, 3, 9, 7
 
@@ -117,3 +118,19 @@ def test_broken_weights_are_named(change, error, why):
         model.graph.input.append(value("w_scale", [1]))
     with pytest.raises(error, match=why):
         tvmstruct.from_onnx(model)
+
+
+def test_dense_weights_of_8_bits_compile():
+    arrays = {
+        "w": rng(0).integers(-127, 128, (24, 40)).astype(np.int8),
+        "scale": np.array(0.01, np.float32), "zero": np.array(0, np.int8),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["float"]),
+        helper.make_node("MatMul", ["x", "float"], ["y"]),
+    ]
+    model = make_model(nodes, [value("x", [3, 24])], [value("y", None)], arrays)
+    x = rng(1).normal(size=(3, 24)).astype(np.float32)
+    got = tvmstruct.compile(tvmstruct.from_onnx(model))(x)
+    want = x @ (arrays["w"] * np.float32(0.01))  # ONNX Runtime rounds x to 8 bits here
+    np.testing.assert_allclose(got, want, **tolerance("float32", 24))

@@ -9,7 +9,6 @@ from onnx import NodeProto
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.fold import Folded, fold, try_fold
 from tvmstruct.frontends.nodes import attribute
-from tvmstruct.frontends.onnx_recurrent import Layer
 from tvmstruct.frontends.source import Dim, Shape, TensorSpec, symbol_places
 from tvmstruct.frontends.validate import Graph
 
@@ -174,8 +173,7 @@ def _length_bounds(graph: Graph, folded: Folded) -> dict[str, int]:
     inputs = {s.name for s in graph.inputs}
     bounds: dict[str, int] = {}
     for node in folded.nodes:
-        layer = graph.layers.get(node.name)
-        if not isinstance(layer, Layer):
+        if (layer := graph.layers.get(node.name)) is None:
             continue
         x, root = node.input[0], node.input[1]
         while root in producers and producers[root].op_type in PASSES:

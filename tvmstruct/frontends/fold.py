@@ -24,7 +24,7 @@ from tvmstruct.frontends.fold_state import (
     renamed,
 )
 from tvmstruct.frontends.nodes import attribute, describe
-from tvmstruct.frontends.onnx_recurrent import Layer, check_lengths
+from tvmstruct.frontends.onnx_recurrent import check_lengths
 from tvmstruct.frontends.operators import INDEXED
 from tvmstruct.frontends.ranges import Range, array_range, node_range
 from tvmstruct.frontends.validate import Graph
@@ -148,9 +148,8 @@ def _visit(state: Folder, node: NodeProto, tables: bool) -> None:
     node = renamed(state, node)
     state.infer(node)
     if (layer := state.graph.layers.get(node.name)) is not None:
-        if isinstance(layer, Layer):
-            lengths = state.values.get(node.input[1])
-            check_lengths(node, layer, lengths, state.shapes[node.input[0]])
+        lengths = state.values.get(node.input[1])
+        check_lengths(node, layer, lengths, state.shapes[node.input[0]])
         state.kept.append(node)
         return
     if node.op_type in ("Shape", "Size"):

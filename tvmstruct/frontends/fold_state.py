@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from math import prod
 
 import numpy as np
@@ -13,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.branches import branches, reads, rename
 from tvmstruct.frontends.nodes import describe
-from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, infer_layer
+from tvmstruct.frontends.onnx_recurrent import KINDS, infer_layer
 from tvmstruct.frontends.ranges import Range
 from tvmstruct.frontends.source import tensor_view
 from tvmstruct.frontends.validate import Graph
@@ -59,8 +58,7 @@ class Folder:
     def infer(self, node: NodeProto) -> None:
         """Find dtype and static shape of every output."""
         if (layer := self.graph.layers.get(node.name)) is not None:
-            infer = partial(infer_layer, layer=layer) if isinstance(layer, Layer) else layer.infer
-            found = infer(node, shapes=self.shapes, dtypes=self.dtypes)
+            found = infer_layer(node, layer, self.shapes, self.dtypes)
             for name, (shape, dtype) in found.items():
                 self.shapes[name], self.dtypes[name] = shape, dtype
             return

@@ -1,7 +1,4 @@
-"""Layers of an ONNX graph that TVM's importer lacks: weights taken once, nodes written in Relax.
-
-These are recurrent layers and convolutions along one axis.
-"""
+"""Recurrent layers of an ONNX graph: their weights taken once, their nodes written in Relax."""
 
 from __future__ import annotations
 
@@ -10,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import tvm
-from onnx import NodeProto, helper
+from onnx import NodeProto
 from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.frontends.branches import reads, walk, with_branches
-from tvmstruct.frontends.onnx_convolution import Convolution, read_convolution
 from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, own_node, read_layer
 from tvmstruct.frontends.recurrent import emit_recurrent
 from tvmstruct.frontends.source import new_tensor, tensor_view
@@ -52,8 +48,8 @@ class _Taker:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.others = {s.name for s in graph.outputs}
-        self.others |= {i for n in walk(graph.nodes) for i in self._computed(n).input}
-        self.layers: dict[str, Layer | Convolution] = {}
+        self.others |= {i for n in walk(graph.nodes) for i in _computed(n).input}
+        self.layers: dict[str, Layer] = {}
         self.tensors: dict[str, tvm.runtime.Tensor] = {}
         self.stored: dict[str, str] = {}
         self.arrays: dict[tuple[object, ...], tuple[str, Array]] = {}
@@ -64,24 +60,10 @@ class _Taker:
         for node in nodes:
             if node.op_type in KINDS:
                 self.layers[node.name] = self._shared(read_layer(node, self._array))
-            elif node.op_type == "Conv":
-                if (found := read_convolution(node, self._array, self._kernel)) is not None:
-                    self.layers[node.name] = found
             elif node.op_type == "If":
                 node = with_branches(node, self.changed)
-            result.append(self._computed(node))
+            result.append(_computed(node))
         return result
-
-    def _computed(self, node: NodeProto) -> NodeProto:
-        """Return a node without what its layer, if it is one, has of it."""
-        if node.op_type in KINDS:
-            return own_node(node)
-        if node.op_type != "Conv" or not read_convolution(node, self._array, _as_it_is):
-            return node
-        return helper.make_node("Conv", node.input[:1], list(node.output), name=node.name)
-
-    def _kernel(self, name: str, array: Array) -> tuple[str, Array]:
-        return self._take(name, "kernel", "conv", array)
 
     def _array(self, name: str) -> Array | None:
         if name in self.graph.tensors:
@@ -131,8 +113,9 @@ class _Taker:
         return "float32"
 
 
-def _as_it_is(name: str, array: Array) -> tuple[str, Array]:
-    return name, array
+def _computed(node: NodeProto) -> NodeProto:
+    """Return a node without what its layer, if it is one, has of it."""
+    return own_node(node) if node.op_type in KINDS else node
 
 
 def _with_arrays(layer: Recurrent, take: Callable[[str, Array], Array]) -> Recurrent:
@@ -155,18 +138,14 @@ def _with_arrays(layer: Recurrent, take: Callable[[str, Array], Array]) -> Recur
 
 def emit_layer(
     bb: relax.BlockBuilder,
-    layer: Layer | Convolution,
+    layer: Layer,
     tensors: Mapping[str, tvm.runtime.Tensor],
     inputs: Sequence[relax.Expr | None],
 ) -> relax.Expr:
-    """Return the output of a convolution; of a recurrent layer Y, Y_h and Y_c as ONNX shapes them.
-
-    Its inputs are X, sequence_lens, initial_h and initial_c.
+    """Return Y, Y_h and Y_c of X, sequence_lens, initial_h and initial_c, as ONNX shapes them.
 
     Lengths are bounded by 0 and the number of steps, whatever the request holds.
     """
-    if isinstance(layer, Convolution):
-        return layer.emit(bb, tensors, inputs)
     x, lengths, *states = [*inputs, None, None][:4]
     assert x is not None
     dtype, swap = compat.dtype_of(x), layer.batch_first

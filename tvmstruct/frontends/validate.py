@@ -22,7 +22,6 @@ from tvmstruct.frontends.onnx_quantized_lstm import dequantize_layers, is_quanti
 from tvmstruct.frontends.source import TensorSpec, new_tensor
 
 if TYPE_CHECKING:
-    from tvmstruct.frontends.onnx_convolution import Convolution
     from tvmstruct.frontends.onnx_recurrent import Layer
 
 MIN_OPSET, MAX_OPSET = 9, 21
@@ -49,7 +48,7 @@ class Graph:
     opset: int
     stored_dtypes: dict[str, str]
     name: str
-    layers: dict[str, Layer | Convolution] = field(default_factory=dict)  # by name of their node
+    layers: dict[str, Layer] = field(default_factory=dict)  # by name of their node
 
 
 def read_model(model: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | None]:
