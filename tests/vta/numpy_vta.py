@@ -41,7 +41,10 @@ class Numpy(Accelerator):
 
     most: int = 1 << 30
 
-    def kernel(self, step: IntLinear, rows: int) -> Kernel:
+    def kernels(self, steps, rows: int):
+        if len(steps) != 1 or not isinstance(steps[0], IntLinear):
+            raise VtaError("one linear step at a time")
+        (step,) = steps
         if step.n_out > self.most:
             raise VtaError(f"{step.n_out} features do not fit")
         data = b"".join(a.tobytes() for a in (*step.op.arrays(), step.bias, step.shift))
@@ -56,7 +59,7 @@ class Numpy(Accelerator):
         size = end + len(data) - BASE
         tiles = [Tiles(name, rows, n, (-(-n // 16), 1)) for name, (_, n) in sides.items()]
         insn = encode_stream([Finish()], self.config)
-        return Kernel(Launch("numpy", self.config, insn, BASE, size, tuple(regions), *tiles))
+        return [Kernel(Launch("numpy", self.config, insn, BASE, size, tuple(regions), *tiles))]
 
 
 def target(most: int = 1 << 30) -> TargetSpec:

@@ -57,7 +57,7 @@ def test_an_mlp_is_wholly_on_vta(mlp):
     up, down = model.report().layers
     for record in (up, down):
         assert record.form == "dense vta"
-        assert record.reason.startswith("int8 on VTA: 1 launch, ")
+        assert record.reason.startswith("int8 on VTA: 2 launches, ")
         assert 0.005 < record.error < 0.03
     assert "; scale of x 0.0" in up.reason
     assert "; y stays int8" in up.reason
@@ -111,7 +111,7 @@ def test_structured_layers_run_factor_by_factor():
     assert cosine(model(x), exact(x)) > 0.999
     first = model.report().layers[0]
     assert first.form.endswith(" vta")
-    assert first.reason.startswith("int8 on VTA: 2 launches, ")
+    assert first.reason.startswith("int8 on VTA: 3 launches, ")
 
 
 def test_sites_go_with_the_model():

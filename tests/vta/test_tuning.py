@@ -45,19 +45,19 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
 def test_records_are_compiled_with(tmp_path):
     what = workload(step(), 24, DEFAULT)
     database = Database(tmp_path).create()
-    default = Accelerator(DEFAULT).kernel(step(), 24)
+    default = Accelerator(DEFAULT).kernels([step()], 24)[0]
     found = Search(what, step(), DEFAULT, database)
     seconds = default.prediction.cycles / 1e8
     found._keep(None, seconds)
     choices = {"rows_last": 0, "n": 1, "g": 1, "m": 1, "columns": 1, "k": 1}
     choices |= {"x_places": 1, "w_places": 1, "sums_places": 1}
     found._keep(choices, seconds / 2)
-    tuned = tuned_make(Accelerator(DEFAULT), tmp_path)(step(), 24)
+    (tuned,) = tuned_make(Accelerator(DEFAULT), tmp_path)([step()], 24)
     assert len(tuned.launch.insn) > len(default.launch.insn)
     x = np.random.default_rng(1).integers(-128, 128, (24, 96)).astype(np.int8)
     np.testing.assert_array_equal(tuned.run(x), step().run(x))
-    other = tuned_make(Accelerator(DEFAULT), tmp_path)(step(), 23)
-    assert other.launch.insn == Accelerator(DEFAULT).kernel(step(), 23).launch.insn
+    (other,) = tuned_make(Accelerator(DEFAULT), tmp_path)([step()], 23)
+    assert other.launch.insn == Accelerator(DEFAULT).kernels([step()], 23)[0].launch.insn
 
 
 def test_choices_of_another_version_are_left_alone(tmp_path):
@@ -66,8 +66,8 @@ def test_choices_of_another_version_are_left_alone(tmp_path):
     found._keep(None, 1.0)
     found._keep({"n": 17}, 0.5)
     with pytest.warns(UserWarning, match="n=17 is no option"):
-        kernel = tuned_make(Accelerator(DEFAULT), tmp_path)(step(), 24)
-    assert kernel.launch.insn == Accelerator(DEFAULT).kernel(step(), 24).launch.insn
+        (kernel,) = tuned_make(Accelerator(DEFAULT), tmp_path)([step()], 24)
+    assert kernel.launch.insn == Accelerator(DEFAULT).kernels([step()], 24)[0].launch.insn
     with pytest.raises(TuningError, match="there is no such folder"):
         tuned_make(Accelerator(DEFAULT), tmp_path / "missing")
 

@@ -77,7 +77,7 @@ def test_an_exported_launch_runs(folder, capsys):
     launch = package_launches(folder / "model.zip")[number]
     model = tvmstruct.load(folder / "model.zip")
     (site,) = model.buckets[(5, 24),].sites
-    step = next(s for s in site.layers.programs[0].steps if s.launch.name == launch.name)
+    (step,) = site.layers.programs[0].steps
     want = step.run(np.load(folder / "q.npy"))
     np.testing.assert_array_equal(launch.result(after), want)
 

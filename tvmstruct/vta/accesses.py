@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,7 +18,12 @@ from tvmstruct.vta.isa import Alu, Gemm, Instruction, Load, Store
 from tvmstruct.vta.queues import described
 
 ADDRESS_LIMIT = 1 << 32
+CACHED = 4096
 TileSets = Mapping[Memory, int]
+
+
+class _OutOfRange(Exception):
+    """What an instruction reaches beyond a memory, to be completed by its index."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,23 @@ def accesses_of(index: int, instruction: Instruction, uops: np.ndarray, config: 
     """
     if isinstance(instruction, Load | Store):
         return _transfer(index, instruction, config)
-    if isinstance(instruction, Gemm | Alu) and instruction.tile_ops:
-        return _loops(index, instruction, uops, config)
-    return Accesses()
+    if not isinstance(instruction, Gemm | Alu) or not instruction.tile_ops:
+        return Accesses()
+    if instruction.uop_end > (depth := config.depth(Memory.UOP)):
+        what = f"{described(index, instruction)} runs uop {instruction.uop_end - 1} of {depth}"
+        raise VtaRunError("sram-range", what, index)
+    try:
+        return _loops(instruction, words_of(instruction, uops).tobytes(), config)
+    except _OutOfRange as error:
+        what = f"{described(index, instruction)} {error}"
+        raise VtaRunError("sram-range", what, index) from error
+
+
+def words_of(instruction: Instruction, uops: np.ndarray) -> np.ndarray:
+    """Return the micro-ops (n, 3) that an instruction runs: none unless GEMM or ALU."""
+    if isinstance(instruction, Gemm | Alu):
+        return uops[instruction.uop_bgn : instruction.uop_end]
+    return uops[:0]
 
 
 def tile_range(first: int, count: int) -> int:
@@ -131,41 +151,33 @@ def _rows(index: int, i: Load | Store, config: Config) -> Rows:
     return rows
 
 
-def _loops(index: int, i: Gemm | Alu, uops: np.ndarray, config: Config) -> Accesses:
-    if i.uop_end > (depth := config.depth(Memory.UOP)):
-        raise VtaRunError(
-            "sram-range", f"{described(index, i)} runs uop {i.uop_end - 1} of {depth}", index
-        )
+@lru_cache(maxsize=CACHED)
+def _loops(i: Gemm | Alu, words: bytes, config: Config) -> Accesses:
+    """Return what the micro-ops ``words`` touch; programs repeat few instructions often."""
+    uops = np.frombuffer(words, np.int32).reshape(-1, 3)
+    dst = _visited(uops[:, 0], i, (i.dst_factor_out, i.dst_factor_in), Memory.ACC, config)
     used = {Memory.UOP: tile_range(i.uop_bgn, i.uop_end - i.uop_bgn)}
-    words = uops[i.uop_bgn : i.uop_end]
-    dst = _indices(index, i, words[:, 0], i.dst_factor_out, i.dst_factor_in, Memory.ACC, config)
     writes = {Memory.ACC: dst}
     if isinstance(i, Gemm) and i.reset:
         return Accesses(used, writes)
     source = Memory.ACC if isinstance(i, Alu) else Memory.INP
-    src = _indices(index, i, words[:, 1], i.src_factor_out, i.src_factor_in, source, config)
+    src = _visited(uops[:, 1], i, (i.src_factor_out, i.src_factor_in), source, config)
     if isinstance(i, Alu):
         return Accesses(used | {Memory.ACC: dst if i.use_imm else dst | src}, writes)
-    wgt = _indices(index, i, words[:, 2], i.wgt_factor_out, i.wgt_factor_in, Memory.WGT, config)
+    wgt = _visited(uops[:, 2], i, (i.wgt_factor_out, i.wgt_factor_in), Memory.WGT, config)
     return Accesses(used | {Memory.ACC: dst, Memory.INP: src, Memory.WGT: wgt}, writes)
 
 
-def _indices(
-    index: int,
-    i: Gemm | Alu,
-    column: np.ndarray,
-    outer: int,
-    inner: int,
-    memory: Memory,
-    config: Config,
+def _visited(
+    column: np.ndarray, i: Gemm | Alu, factors: tuple[int, int], memory: Memory, config: Config
 ) -> int:
     """Return the tiles that one index of the micro-ops visits."""
-    largest = int(column.max()) + (i.iter_out - 1) * outer + (i.iter_in - 1) * inner
+    outer, inner = factors
+    first = int(column.max())
+    largest = first + (i.iter_out - 1) * outer + (i.iter_in - 1) * inner
     if largest >= (depth := config.depth(memory)):
-        raise VtaRunError(
-            "sram-range",
-            f"{described(index, i)} reaches {memory.name.lower()} tile {largest}; "
-            f"there are {depth} (largest index in its uops {int(column.max())})",
-            index,
+        raise _OutOfRange(
+            f"reaches {memory.name.lower()} tile {largest}; there are {depth} "
+            f"(largest index in its uops {first})"
         )
     return repeat(repeat(tile_set(column), i.iter_in, inner), i.iter_out, outer)

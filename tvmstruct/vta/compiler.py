@@ -96,7 +96,7 @@ def offloading(*how: Any, calibration: Calibration | Batch | Iterable[Batch] | N
 
 
 class VtaCompiler(Compiler):
-    """Compiles shapes with the layers on VTA; ``make`` builds the kernel of a linear step."""
+    """Compiles shapes with the layers on VTA; ``make`` builds the launch of steps."""
 
     bucket_type = VtaBucket
 

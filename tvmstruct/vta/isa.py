@@ -91,11 +91,6 @@ class Field:
         """Ones where the field lies."""
         return ((1 << self.width) - 1) << self.low
 
-    def read(self, bits: int) -> int:
-        """Return the field's value in ``bits``."""
-        value = (bits & self.mask) >> self.low
-        return value - (1 << self.width) if self.signed and value > self.largest else value
-
 
 DEPS = ("pop_prev", "pop_next", "push_prev", "push_next")
 _CLASS: dict[Opcode, type[Any]] = {
@@ -106,6 +101,7 @@ _CLASS: dict[Opcode, type[Any]] = {
     Opcode.ALU: Alu,
 }
 _OPCODE = {kind: opcode for opcode, kind in _CLASS.items()}
+_DEPS = tuple(Deps(*(bool(n >> i & 1) for i in range(4))) for n in range(16))
 # Fields that are not plain integers, and how to make them.
 _KINDS: dict[str, type[int]] = {
     "memory": Memory,
@@ -197,13 +193,17 @@ def _check_value(opcode: Opcode, name: str, field: Field | None, value: Any) -> 
         _check_flag(opcode, name, value)
     elif isinstance(value, bool) or not isinstance(value, int):
         raise VtaEncodingError(f"{opcode.name}: {name} is {value!r}, want an integer")
-    elif issubclass(kind, IntEnum) and value not in list(kind):
-        known = ", ".join(f"{k.value} {k.name.lower()}" for k in kind)
-        raise VtaEncodingError(f"{opcode.name}: {name} is {value}; known are {known}")
-    elif not field.fits(value):
+    _check_member(opcode, name, kind, value)
+    if not field.fits(value):
         raise VtaEncodingError(
             f"{opcode.name}: {name} is {value}, want {field.smallest} to {field.largest}"
         )
+
+
+def _check_member(opcode: Opcode, name: str, kind: type[int], value: int) -> None:
+    if issubclass(kind, IntEnum) and value not in list(kind):
+        known = ", ".join(f"{k.value} {k.name.lower()}" for k in kind)
+        raise VtaEncodingError(f"{opcode.name}: {name} is {value}; known are {known}")
 
 
 def encode(instruction: Instruction, config: Config = DEFAULT) -> bytes:
@@ -235,14 +235,26 @@ def decode(data: bytes, config: Config = DEFAULT, *, ignore_unused: bool = False
             f"{config.name}; was it made for another configuration?"
         )
     values: dict[str, Any] = {}
-    for name, field in _names(opcode, config):
-        value = field.read(bits) if field else 0
-        kind = _KINDS.get(name)
-        if kind is not None:
-            _check_value(opcode, name, field, value)
+    for name, low, mask, half, kind in _readers(opcode, config):
+        value = bits >> low & mask
+        if value >= half:
+            value -= mask + 1
+        if kind is not int:
+            _check_member(opcode, name, kind, value)
             value = kind(value)
         values[name] = value
-    return _CLASS[opcode](**values, deps=Deps(*(bool(bits >> (3 + i) & 1) for i in range(4))))
+    return _CLASS[opcode](**values, deps=_DEPS[bits >> 3 & 15])
+
+
+@cache
+def _readers(opcode: Opcode, config: Config) -> tuple[tuple[str, int, int, int, type[int]], ...]:
+    """Return name, lowest bit, mask, first negative value and type of each field."""
+    readers: list[tuple[str, int, int, int, type[int]]] = []
+    for name, field in _names(opcode, config):
+        low, width = (field.low, field.width) if field else (0, 0)
+        half = 1 << (width - 1) if field and field.signed else 1 << width
+        readers.append((name, low, (1 << width) - 1, half, _KINDS.get(name, int)))
+    return tuple(readers)
 
 
 def encode_stream(instructions: Iterable[Instruction], config: Config = DEFAULT) -> bytes:

@@ -7,20 +7,20 @@ from then on they compute in int8, in numpy or by launches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tvmstruct import ops
-from tvmstruct.errors import InputError, TvmstructError
+from tvmstruct.errors import InputError, TvmstructError, VtaError
 from tvmstruct.layers import Layer, Offloaded, weights_of
 from tvmstruct.ops import Array
 from tvmstruct.report import LayerRecord
 from tvmstruct.vta import sites
 from tvmstruct.vta.calibration import Calibration, Samples
-from tvmstruct.vta.integer import IntLinear, Program, factors, terms
+from tvmstruct.vta.integer import Program, Reorder, Step, factors, terms
 from tvmstruct.vta.quantize import FloatLayer, NoIntegerForm, Quantised, quantise
 from tvmstruct.vta.simulated_kernel import Kernel
 from tvmstruct.vta.site_entry import site_symbol
@@ -34,7 +34,7 @@ STAYS = {  # forms of the report that VTA has nothing for
     "lookup": "VTA gathers no rows by ids",
 }
 
-Make = Callable[[IntLinear, int], Any]  # a step and its rows to a kernel with ``run``
+Make = Callable[[Sequence[Step], int], Sequence[Any]]  # steps and rows to what has ``run``
 
 
 class Refused(TvmstructError):
@@ -88,7 +88,7 @@ def check_finite(x: Array, what: str) -> None:
 
 
 class Offload:
-    """All that the buckets of one model share about VTA. ``make`` builds the kernel of a step."""
+    """All that the buckets of one model share about VTA. ``make`` builds the launch of steps."""
 
     def __init__(self, calibration: Calibration, make: Make) -> None:
         self.options, self.keep, self.make = calibration.options, calibration.rows, make
@@ -186,37 +186,45 @@ class Offload:
     def _build(self, node: Offloaded, layers: Quantised, rows: int) -> Quantised:
         """Return the layers with a kernel in the place of each linear step."""
         programs = tuple(
-            replace(program, steps=tuple(self._kernels_of(node, layers, program, rows)))
+            replace(program, steps=tuple(self._launches(node, layers, program, rows)))
             for program in layers.programs
         )
         return replace(layers, programs=programs)
 
-    def _kernels_of(
+    def _launches(
         self, node: Offloaded, layers: Quantised, program: Program, rows: int
-    ) -> Iterator[Any]:
-        """Yield the steps of a program with kernels for the linear ones."""
-        for i, step in enumerate(program.steps):
-            if not isinstance(step, IntLinear):
-                yield step
-                continue
-            try:
-                yield self.make(step, rows)
-            except TvmstructError as error:
-                layer = next(n for n, end in enumerate(layers.ends) if i < end)
-                raise Refused(node.layers[layer].key, str(error)) from error
+    ) -> Sequence[Any]:
+        """Return a program in few launches: each takes as many steps as VTA can have at once."""
+        made: list[Any] = []
+        start = 0
+        while start < len(program.steps):
+            for end in range(len(program.steps), start, -1):
+                steps = program.steps[start:end]
+                if all(isinstance(step, Reorder) for step in steps):
+                    made += steps  # the CPU moves features
+                    break
+                try:
+                    made += self.make(steps, rows)
+                    break
+                except VtaError as error:
+                    if end == start + 1:
+                        layer = next(n for n, last in enumerate(layers.ends) if start < last)
+                        raise Refused(node.layers[layer].key, str(error)) from error
+            start = end
+        return made
 
     def _note(self, node: Offloaded, made: Quantised, rows: int) -> None:
         """Keep what the report says of every layer of a site."""
         x_scale, y_scale = made.programs[0].x_scale, made.programs[-1].y_scale
-        start = 0
-        for layer, end, error in zip(node.layers, made.ends, made.errors, strict=True):
-            steps = [step for program in made.programs for step in program.steps[start:end]]
+        steps: list[Any] = [step for program in made.programs for step in program.steps]
+        together = f" and {len(node.layers)} layers" if len(node.layers) > 1 else ""
+        for i, (layer, error) in enumerate(zip(node.layers, made.errors, strict=True), 1):
+            first, last = i == 1, i == len(node.layers)
             text = _joined(
-                f"int8 on VTA: {cost(steps)} for {rows} rows",
-                f"scale of x {_span(x_scale)}" if start == 0 else "x is int8 already",
-                f"of y {_span(y_scale)}" if layer is node.layers[-1] else "y stays int8",
+                f"int8 on VTA: {cost(steps)} for {rows} rows{together}",
+                f"scale of x {_span(x_scale)}" if first else "x is int8 already",
+                f"of y {_span(y_scale)}" if last else "y stays int8",
             )
-            start = end
             for part in weights_of(layer):
                 self.notes[part.names[0]] = self.notes[part.key] = (error, text)
 

@@ -1,8 +1,9 @@
 """Check that simulator and hardware make the same of a program, without running it.
 
-Rules for single instructions are in ``rules.RULES``; ``races`` has those about units that run
-side by side: ``race``, ``token-overflow``, ``token-leftover``, ``finish-last``.  Broken structure
-comes first: ``token-bits``, ``deadlock``, ``finish-missing``, ``sram-range``, ``dram-range``.
+Rules for single instructions are ``rules.RULES`` and ``STATE_RULES``.  ``races`` has those about
+units that run side by side: ``race``, ``token-overflow``, ``token-leftover``, ``finish-last``.
+``uop-stored`` is a program that changes its own micro-ops.  Broken structure comes first:
+``token-bits``, ``deadlock``, ``finish-missing``, ``sram-range``, ``dram-range``, ``dram-base``.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from itertools import islice
 import numpy as np
 
 from tvmstruct.errors import VtaRunError
-from tvmstruct.vta.accesses import Accesses, Rows, accesses_of
+from tvmstruct.vta.accesses import Accesses, accesses_of, words_of
 from tvmstruct.vta.config import DEFAULT, Config, Memory
 from tvmstruct.vta.dram import Dram, decode_words, unpack
 from tvmstruct.vta.isa import Instruction, Load, Store, decode_stream
 from tvmstruct.vta.queues import Order, described, order
 from tvmstruct.vta.races import Finding, find_early_finish, find_races, find_token_faults
-from tvmstruct.vta.rules import RULES, Level, Step
+from tvmstruct.vta.rules import RULES, STATE_RULES, Level, broken
 from tvmstruct.vta.scratchpads import ScratchpadState
 
-__all__ = ["RULES", "Level", "Violation", "check", "register_shift_limit", "verify"]
+__all__ = ["RULES", "STATE_RULES", "Level", "Violation", "check", "register_shift_limit", "verify"]
 
 Violation = Finding
 SHOWN = 100
@@ -106,10 +107,9 @@ class _Walk:
         state: ScratchpadState,
     ) -> None:
         self.program, self.memory, self.config, self.state = program, memory, config, state
-        self.rules = [rule for rule in RULES if rule.level <= level]
+        self.level = level
         self.touched = [Accesses()] * len(program)
-        self.stored: list[Rows] = []
-        self.span = range(0)  # of DRAM that was stored to
+        self.stored = Dram(np.zeros(len(memory.data), np.uint8), memory.base)  # 1: stored to
 
     def step(self, index: int) -> Iterator[Violation]:
         """Yield what an instruction breaks, and note what it does."""
@@ -121,11 +121,13 @@ class _Walk:
             yield _of(error)
             return
         self.touched[index] = touched
-        step = Step(instruction, touched, self.state, self.config)
-        for rule in self.rules:
-            if wrong := rule.check(step):
-                message = f"{described(index, instruction)}: {wrong}; {rule.reason}"
-                yield Violation(rule.name, (index,), message)
+        words = words_of(instruction, self.state.uops).tobytes()
+        wrong = list(broken(self.level, instruction, words, self.config))
+        for rule in STATE_RULES:
+            if what := rule.check(touched, self.state):
+                wrong.append((rule.name, f"{what}; {rule.reason}"))
+        for name, what in wrong:
+            yield Violation(name, (index,), f"{described(index, instruction)}: {what}")
         if isinstance(instruction, Load) and instruction.memory is Memory.UOP:
             yield from self._load_uops(index, instruction, touched, rows)
         self.state.apply(instruction, touched)
@@ -135,7 +137,7 @@ class _Walk:
             return None
         rows = self.memory.rows(index, instruction, touched.dram)
         if isinstance(instruction, Store):
-            self._store(touched.dram)
+            self.stored.rows(index, instruction, touched.dram)[...] = 1
         return rows
 
     def _load_uops(
@@ -148,16 +150,7 @@ class _Walk:
             words = unpack(rows, Memory.UOP, self.config).reshape(-1)
             inside = block[i.y_pad_0 : i.y_pad_0 + i.y_size, i.x_pad_0 : i.x_pad_0 + i.x_size]
             inside[...] = decode_words(words, self.config).reshape(inside.shape)
-            if self._stored(touched.dram):
+            if self.stored.rows(index, i, touched.dram).any():
                 message = f"{described(index, i)}: this program stores to the micro-ops it loads"
                 yield Violation("uop-stored", (index,), message)
         self.state.uops[i.sram_base : i.sram_base + i.rows * i.row_tiles] = block.reshape(-1, 3)
-
-    def _store(self, rows: Rows) -> None:
-        self.stored.append(rows)
-        start = min(self.span.start, rows.start) if self.span else rows.start
-        self.span = range(start, max(self.span.stop, rows.end))
-
-    def _stored(self, rows: Rows) -> bool:
-        near = rows.start < self.span.stop and self.span.start < rows.end
-        return near and any(rows.overlaps(stored) for stored in self.stored)

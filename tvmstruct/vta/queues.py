@@ -40,7 +40,7 @@ MEANING: dict[Unit, tuple[Token | None, Token | None, Token | None, Token | None
 BITS = ("pop_prev", "pop_next", "push_prev", "push_next")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: programs are long
 class Order:
     """One order in which a program can run, and who waits for whom.
 

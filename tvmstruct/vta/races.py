@@ -8,6 +8,7 @@ it in its unit and of those whose tokens it pops.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from tvmstruct.vta.accesses import Accesses
@@ -40,6 +41,7 @@ class Finding(NamedTuple):
     message: str
 
 
+@lru_cache(maxsize=1)
 def clocks(found: Order) -> list[Clock]:
     """Return for each instruction the instructions of every unit complete before it starts."""
     result: list[Clock] = [NEVER] * len(found.units)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 
-from tvmstruct.vta.accesses import Accesses, repeat, tile_set, tiles
+from tvmstruct.vta.accesses import CACHED, Accesses, accesses_of, repeat, tile_set, tiles, words_of
 from tvmstruct.vta.config import Config, Memory
 from tvmstruct.vta.isa import Alu, AluOp, Gemm, Instruction, Load, Store
 from tvmstruct.vta.scratchpads import ScratchpadState
@@ -31,18 +32,11 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """An instruction, what it touches, and the scratchpads before it."""
+    """An instruction, what it touches, and the micro-ops (n, 3) that it runs."""
 
     instruction: Instruction
     touched: Accesses
-    state: ScratchpadState
-    config: Config
-
-    @property
-    def words(self) -> np.ndarray:
-        """The micro-ops (n, 3) of a GEMM or ALU instruction."""
-        assert isinstance(self.instruction, Gemm | Alu)
-        return self.state.uops[self.instruction.uop_bgn : self.instruction.uop_end]
+    words: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,15 @@ class Rule:
     level: Level
     reason: str
     check: Callable[[Step], str | None]
+
+
+@dataclass(frozen=True)
+class StateRule:
+    """A rule about what an instruction touches and what ran before it."""
+
+    name: str
+    reason: str
+    check: Callable[[Accesses, ScratchpadState], str | None]
 
 
 def _zero_count(step: Step) -> str | None:
@@ -209,17 +212,16 @@ def _padded(i: Load) -> bool:
     return any((i.y_pad_0, i.y_pad_1, i.x_pad_0, i.x_pad_1))
 
 
-def _unwritten(step: Step) -> str | None:
-    found = step.state.unwritten(step.touched)
+def _unwritten(touched: Accesses, state: ScratchpadState) -> str | None:
+    """Say which tiles are read that nobody wrote: power-up contents are undefined."""
+    found = state.unwritten(touched)
     return f"{found[0].name.lower()} {shown(found[1])} was never written" if found else None
 
 
-def _stale(step: Step) -> str | None:
-    i = step.instruction
-    stale = step.touched.reads.get(Memory.OUT, 0) & ~step.state.fresh
-    if not isinstance(i, Store) or not stale:
-        return None
-    return f"out {shown(stale)} was last written by LOAD or a GEMM reset"
+def _stale(touched: Accesses, state: ScratchpadState) -> str | None:
+    """Say which outputs are stored that are not what hardware's OUT memory holds."""
+    old = touched.reads.get(Memory.OUT, 0) & ~state.fresh
+    return f"out {shown(old)} was last written by LOAD or a GEMM reset" if old else None
 
 
 def shown(members: int) -> str:
@@ -241,9 +243,25 @@ RULES = (
     Rule("shift-register", Level.RTL, "RTL shifts right by 5 bits of the element", _register_shift),
     Rule("uop-depth", Level.RTL, "RTL wraps indices", _uop_depth),
     Rule("alu-uop-wgt", Level.RTL, "RTL merges the wgt index into src", _alu_uop),
-    Rule("unwritten", Level.RTL, "power-up contents are undefined", _unwritten),
-    Rule("stale-out", Level.RTL, "hardware stores what OUT held before", _stale),
     Rule("gemm-distance", Level.HLS, "HLS's pipeline has no bypass", _gemm_distance),
     Rule("weight-pads", Level.HLS, "HLS ignores them", _weight_pads),
     Rule("uop-rows", Level.HLS, "HLS copies one row without pads", _uop_rows),
 )
+# These depend on what ran before; they hold on every level.
+STATE_RULES = (
+    StateRule("unwritten", "power-up contents are undefined", _unwritten),
+    StateRule("stale-out", "hardware stores what OUT held before", _stale),
+)
+
+
+@lru_cache(maxsize=CACHED)
+def broken(
+    level: Level, instruction: Instruction, words: bytes, config: Config
+) -> tuple[tuple[str, str], ...]:
+    """Return name and message of each of ``RULES`` that an instruction breaks."""
+    uops = np.zeros((config.depth(Memory.UOP), 3), np.int32)
+    words_of(instruction, uops)[...] = np.frombuffer(words, np.int32).reshape(-1, 3)
+    step = Step(instruction, accesses_of(0, instruction, uops, config), words_of(instruction, uops))
+    rules = (rule for rule in RULES if rule.level <= level)
+    found = ((rule, rule.check(step)) for rule in rules)
+    return tuple((rule.name, f"{wrong}; {rule.reason}") for rule, wrong in found if wrong)

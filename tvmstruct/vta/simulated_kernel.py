@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from tvmstruct.ops import Array
 from tvmstruct.schedules.registry import Pick, pick_default
-from tvmstruct.schedules.vta import vta_linear
+from tvmstruct.schedules.vta import vta_chain
 from tvmstruct.vta import simulator
 from tvmstruct.vta.config import Config
 from tvmstruct.vta.cycles import Prediction, predict
 from tvmstruct.vta.instructions import Instruction
-from tvmstruct.vta.integer import IntLinear
+from tvmstruct.vta.integer import Reorder, Step
 from tvmstruct.vta.isa import decode_stream
 from tvmstruct.vta.launch import Launch
 
 
-def make_kernel(step: IntLinear, rows: int, config: Config, pick: Pick = pick_default) -> Kernel:
-    """Return the kernel of a linear step, scheduled as ``pick`` answers.
+def make_kernels(
+    steps: Sequence[Step], rows: int, config: Config, pick: Pick = pick_default
+) -> tuple[Kernel | Reorder, ...]:
+    """Return steps as one launch, and what the CPU must move before and after it.
 
-    Raises VtaError where its buffers do not fit.
+    ``pick`` answers the choices of its schedule.
+
+    Raises VtaError where buffers do not fit, or features move in a way that VTA has nothing for.
     """
-    return Kernel(vta_linear(step.op, step.bias, step.shift, step.relu, rows, config, pick).launch)
+    made = vta_chain(steps, rows, config, pick)
+    parts = (made.before, Kernel(made.launch), made.after)
+    return tuple(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, eq=False)

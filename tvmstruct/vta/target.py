@@ -10,7 +10,9 @@ from tvmstruct.errors import TargetError, VtaConfigError
 from tvmstruct.vta.config import DEFAULT, Config
 
 if TYPE_CHECKING:
-    from tvmstruct.vta.integer import IntLinear
+    from collections.abc import Sequence
+
+    from tvmstruct.vta.integer import Reorder, Step
     from tvmstruct.vta.simulated_kernel import Kernel
 
 
@@ -35,11 +37,11 @@ class Accelerator:
         """The name of what changes the streams made for it."""
         return f"vta-{self.config.name}"
 
-    def kernel(self, step: IntLinear, rows: int) -> Kernel:
-        """Return the launch of a linear step for so many rows.
+    def kernels(self, steps: Sequence[Step], rows: int) -> tuple[Kernel | Reorder, ...]:
+        """Return steps as one launch for so many rows, and what the CPU moves beside it.
 
-        Raises VtaError where this VTA cannot have it.
+        Raises VtaError where this VTA cannot have them so.
         """
-        from tvmstruct.vta.simulated_kernel import make_kernel
+        from tvmstruct.vta.simulated_kernel import make_kernels
 
-        return make_kernel(step, rows, self.config)
+        return make_kernels(steps, rows, self.config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,9 @@ from tvmstruct.schedules.vta.requantise import Requantise
 from tvmstruct.targets import TargetSpec
 from tvmstruct.tuning import Shapes, TunedKernel, TuneReport
 from tvmstruct.vta.config import BOARDS, Config
-from tvmstruct.vta.integer import IntLinear
-from tvmstruct.vta.simulated_kernel import Kernel, make_kernel
+from tvmstruct.vta.integer import IntLinear, Reorder, Step
+from tvmstruct.vta.offload import Make
+from tvmstruct.vta.simulated_kernel import Kernel, make_kernels
 from tvmstruct.vta.target import Accelerator
 
 if TYPE_CHECKING:
@@ -47,28 +48,37 @@ def workload(step: IntLinear, rows: int, config: Config) -> Workload:
     return Workload("vta_linear", " ".join(words), shapes, "int8", config.name, 1)
 
 
-def tuned_make(accelerator: Accelerator, folder: str | Path | None) -> Callable[..., Kernel]:
-    """Return what makes kernels as the records of a folder say, and as by default without.
+def tuned_make(accelerator: Accelerator, folder: str | Path | None) -> Make:
+    """Return what makes launches as the records of a folder say, and as by default without.
 
+    A step with a record is a launch of its own: records are of single steps.
     Raises TuningError where there is no such folder.
     """
     if folder is None:
-        return accelerator.kernel
+        return accelerator.kernels
     if not Path(folder).is_dir():
         raise TuningError(f"database {folder}: there is no such folder; tvmstruct.tune writes one")
     database, config = Database(folder), accelerator.config
 
-    def make(step: IntLinear, rows: int) -> Kernel:
-        what = workload(step, rows, config)
-        record = database.best(what, MACHINE)
-        if record is not None and record.choices is not None:
+    def make(steps: Sequence[Step], rows: int) -> Sequence[Kernel | Reorder]:
+        linear = [step for step in steps if isinstance(step, IntLinear)]
+        found = [_choices(database, workload(step, rows, config)) for step in linear]
+        if len(steps) == 1 and found and found[0] is not None:
+            what = workload(linear[0], rows, config)
             try:
-                return make_kernel(step, rows, config, recorded(record.choices, what))
+                return make_kernels(steps, rows, config, recorded(found[0], what))
             except TuningError as error:
                 warnings.warn(f"{error}; the default is used", TuningWarning, stacklevel=2)
-        return accelerator.kernel(step, rows)
+        if len(steps) > 1 and any(choices is not None for choices in found):
+            raise VtaError("a step of the chain is tuned, as a launch of its own")
+        return accelerator.kernels(steps, rows)
 
     return make
+
+
+def _choices(database: Database, what: Workload) -> Choices | None:
+    record = database.best(what, MACHINE)
+    return None if record is None else record.choices
 
 
 def tune_launches(
@@ -103,11 +113,14 @@ class _Collecting(Accelerator):
 
     made: dict[Workload, tuple[IntLinear, int]] = field(default_factory=dict, compare=False)
 
-    def kernel(self, step: IntLinear, rows: int) -> Kernel:
-        what = workload(step, rows, self.config)
-        calls = self.made[what][1] if what in self.made else 0
-        self.made[what] = (step, calls + 1)
-        return super().kernel(step, rows)
+    def kernels(self, steps: Sequence[Step], rows: int) -> tuple[Kernel | Reorder, ...]:
+        made = super().kernels(steps, rows)
+        for step in steps:
+            if isinstance(step, IntLinear):
+                what = workload(step, rows, self.config)
+                calls = self.made[what][1] if what in self.made else 0
+                self.made[what] = (step, calls + 1)
+        return made
 
 
 def _steps(
