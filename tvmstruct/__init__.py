@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvmstruct import embeddings, models
+    from tvmstruct import embeddings, models, vta
     from tvmstruct.compiler import compile, load
     from tvmstruct.frontends import (
         Source,
@@ -60,7 +60,7 @@ _HOME = {
     "tune": "tuning",
 }
 
-_MODULES = ("embeddings", "models")
+_MODULES = ("embeddings", "models", "vta")
 
 __all__ = [
     "CompiledModel",
@@ -86,6 +86,7 @@ __all__ = [
     "read_lookups",
     "resolve_target",
     "tune",
+    "vta",
 ]
 
 

@@ -176,6 +176,14 @@ def test_ways_to_give_batches():
         Calibration((a,), rows=0)
 
 
+def test_public_names():
+    assert tvmstruct.vta.Calibration is Calibration
+    for name in tvmstruct.vta.__all__:
+        assert getattr(tvmstruct.vta, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'simulat'"):
+        tvmstruct.vta.simulat  # noqa: B018
+
+
 def test_samples_are_drawn_from_all_rows():
     samples = Samples(100)
     for start in range(0, 10_000, 130):

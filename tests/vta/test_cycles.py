@@ -1,14 +1,31 @@
 """Predicted cycles against the hardware description and the figures measured on it."""
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tests.vta.strategies import instructions
 from tests.vta.streams import INDEX, golden, load_and_multiply
-from tvmstruct.errors import VtaRunError
+from tvmstruct.errors import VtaError, VtaRunError
 from tvmstruct.vta.channel import Dram
 from tvmstruct.vta.config import DEFAULT, Config
 from tvmstruct.vta.cycles import predict
 from tvmstruct.vta.engine import MOST_TOKENS, QUEUE
-from tvmstruct.vta.isa import Alu, AluOp, Deps, Finish, Gemm, Load, Memory, Store, Unit, nop
+from tvmstruct.vta.isa import (
+    Alu,
+    AluOp,
+    Deps,
+    Finish,
+    Gemm,
+    Load,
+    Memory,
+    Store,
+    Unit,
+    decode_stream,
+    encode_stream,
+    nop,
+)
 
 POP = Deps(pop_prev=True)
 READY = Deps(push_next=True)
@@ -152,9 +169,36 @@ def test_deadlock_is_an_error(stream, message):
 
 @pytest.mark.parametrize(
     ("instruction", "rule"),
-    [(load(Memory.INP, 3, rows=0), "rows"), (load(Memory.INP, 65535, rows=65535), "size")],
+    [
+        (load(Memory.INP, 3, rows=0), "rows"),
+        (load(Memory.INP, 65535, rows=65535), "size"),
+        (load(Memory.OUT, 1), "load-memory"),
+    ],
 )
 def test_impossible_transfers_are_refused(instruction, rule):
     with pytest.raises(VtaRunError, match="instruction 1") as caught:
         predict([nop(Unit.LOAD), instruction, Finish()])
     assert (caught.value.rule, caught.value.instruction) == (rule, 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(instructions(), max_size=30))
+def test_random_streams_end_in_a_prediction_or_a_named_error(stream):
+    try:
+        found = predict([*stream, Finish()])
+    except VtaRunError:
+        return
+    assert found.cycles >= 21 + 2 * min(len(stream) + 1, 128) + 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mutated_programs_end_in_a_prediction_or_a_named_error(seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(encode_stream(golden(INDEX[seed % len(INDEX)]["name"])))
+    for place in rng.integers(0, len(data), 3):
+        data[place] ^= 1 << int(rng.integers(8))
+    try:
+        found = predict(decode_stream(bytes(data), ignore_unused=True))
+    except VtaError:
+        return
+    assert found.cycles > 0

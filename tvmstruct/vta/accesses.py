@@ -14,7 +14,7 @@ import numpy as np
 
 from tvmstruct.errors import VtaRunError
 from tvmstruct.vta.config import Config, Memory
-from tvmstruct.vta.isa import Alu, Gemm, Instruction, Load, Store
+from tvmstruct.vta.isa import Alu, Gemm, Instruction, Load, Store, VectorGemm
 from tvmstruct.vta.queues import described
 
 ADDRESS_LIMIT = 1 << 32
@@ -165,7 +165,17 @@ def _loops(i: Gemm | Alu, words: bytes, config: Config) -> Accesses:
     if isinstance(i, Alu):
         return Accesses(used | {Memory.ACC: dst if i.use_imm else dst | src}, writes)
     wgt = _visited(uops[:, 2], i, (i.wgt_factor_out, i.wgt_factor_in), Memory.WGT, config)
+    if isinstance(i, VectorGemm):
+        src |= _vectors(i, config)
     return Accesses(used | {Memory.ACC: dst, Memory.INP: src, Memory.WGT: wgt}, writes)
+
+
+def _vectors(i: VectorGemm, config: Config) -> int:
+    """Return the vector tiles that an instruction reads."""
+    last = i.vec_base + i.vectors - 1
+    if last >= (depth := config.depth(Memory.INP)):
+        raise _OutOfRange(f"reaches vector {last} in inp; there are {depth} tiles")
+    return tile_range(i.vec_base, i.vectors)
 
 
 def _visited(

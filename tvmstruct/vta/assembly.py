@@ -34,6 +34,7 @@ from tvmstruct.vta.isa import (
     Load,
     Memory,
     Store,
+    VectorGemm,
     check,
 )
 
@@ -67,6 +68,7 @@ KEYS: dict[type[Any], dict[str, Key]] = {
     Load: _TRANSFER,
     Store: _TRANSFER,
     Gemm: {**_LOOPS, "wgt": Key(("wgt_factor_out", "wgt_factor_in"))},
+    VectorGemm: {**_LOOPS, "vec": Key(("vec_base",))},
     Alu: {**_LOOPS, "imm": Key(("imm",)), "unused_imm": Key(("imm",))},
     Finish: {},
 }
@@ -76,6 +78,8 @@ MNEMONICS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     **{f"store.{m.name.lower()}": (Store, {"memory": m}) for m in Memory},
     "gemm": (Gemm, {"reset": False}),
     "gemm.reset": (Gemm, {"reset": True}),
+    "vgemm": (VectorGemm, {"reset": False}),
+    "vgemm.reset": (VectorGemm, {"reset": True}),
     **{f"alu.{o.name.lower()}": (Alu, {"alu_opcode": o, "reset": False}) for o in AluOp},
     **{f"alu.{o.name.lower()}.reset": (Alu, {"alu_opcode": o, "reset": True}) for o in AluOp},
     "finish": (Finish, {}),
@@ -132,7 +136,10 @@ def _mnemonic(instruction: Instruction) -> str:
         return f"{type(instruction).__name__.lower()}.{instruction.memory.name.lower()}"
     if isinstance(instruction, Finish):
         return "finish"
-    stem = f"alu.{instruction.alu_opcode.name.lower()}" if isinstance(instruction, Alu) else "gemm"
+    if isinstance(instruction, Alu):
+        stem = f"alu.{instruction.alu_opcode.name.lower()}"
+    else:
+        stem = "vgemm" if isinstance(instruction, VectorGemm) else "gemm"
     return f"{stem}.reset" if instruction.reset else stem
 
 

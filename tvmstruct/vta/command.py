@@ -1,9 +1,8 @@
-"""The command line of the VTA target: ``tvmstruct vta run | dis | asm | export | ...``."""
+"""The command line of the VTA target: ``tvmstruct vta run | dis | asm | timeline | ...``."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,14 +142,12 @@ def _design(path: Path | None) -> Config:
     return DEFAULT if path is None else Config.from_json(path)
 
 
-def _cycles(program: Sequence[Instruction], config: Config) -> dict[str, Any]:
+def _cycles(program: Sequence[Instruction], config: Config) -> dict[str, int | None]:
     """Return the predicted cycles; None where hardware would not end as the simulator did."""
-    if find_spec("tvmstruct.vta.cycles") is None:
-        return {}
-    from importlib import import_module
+    from tvmstruct.vta.cycles import predict
 
     try:
-        return {"cycles": import_module("tvmstruct.vta.cycles").predict(program, config).cycles}
+        return {"cycles": predict(program, config).cycles}
     except VtaRunError:
         return {"cycles": None}
 
@@ -167,5 +164,5 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
         typer.echo(f"{name:<18}{value:>14,}")
 
 
-for _module in (export_command, timeline_command, clocks_command, explore_command):
-    _module.register(vta)
+for more in (export_command, timeline_command, explore_command, clocks_command):
+    more.register(vta)

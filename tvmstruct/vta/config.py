@@ -268,6 +268,8 @@ def _check_fields(config: Config) -> None:
         "word 1 of GEMM": 2 * (acc + inp + wgt),
         "word 1 of ALU": 4 * acc + 20,
     }
+    if "vvma" in config.extensions:
+        words["word 1 of VGEMM"] = 2 * (acc + inp) + inp
     for label, used in words.items():
         if used > WORD_BITS:
             raise VtaConfigError(

@@ -26,6 +26,7 @@ from tvmstruct.vta.instructions import (
     Store,
     Uop,
 )
+from tvmstruct.vta.rules import RTL_UOP_DEPTH
 
 LOAD_OVERHEAD, PIPELINE = 23, 7  # cycles of an instruction beside its work
 REQUANTISE = ((AluOp.SHR, 8), (AluOp.MAX, -128), (AluOp.MIN, 127))
@@ -77,7 +78,7 @@ def tilings(rows: int, inputs: int, outputs: int, config: Config) -> Iterator[Ti
         )
     )
     halves = {memory: config.depth(memory) // 2 for memory in (Memory.INP, Memory.WGT, Memory.ACC)}
-    most_uops = (config.depth(Memory.UOP) - 2) // 4
+    most_uops = (min(config.depth(Memory.UOP), RTL_UOP_DEPTH) - 2) // 4
     for tk in _sizes(k):
         for tm in _sizes(m):
             if tm * tk > halves[Memory.INP]:

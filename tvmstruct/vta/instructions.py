@@ -16,6 +16,7 @@ class Opcode(IntEnum):
     GEMM = 2
     FINISH = 3
     ALU = 4
+    VGEMM = 5  # with the extension "vvma" only
 
 
 class AluOp(IntEnum):
@@ -125,6 +126,25 @@ class Gemm(Loops):
     wgt_factor_out: int = 0
     wgt_factor_in: int = 0
     deps: Deps = NO_DEPS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorGemm(Gemm):
+    """``acc[dst] += (inp[src] * inp[vec]) @ wgt[wgt].T``: the unit that the VVMA paper proposes.
+
+    A stage before the matrix unit multiplies the input tile, element by element, by a tile of the
+    input memory; the product keeps all its bits.  The vector tiles come in order, from ``vec_base``
+    on, one for each micro-op and turn of the inner loop, and again the same for each turn of the
+    outer loop.  The weight tile is that of the micro-op: it has no factors.  Stock VTA has no such
+    instruction; a configuration with the extension ``vvma`` does.
+    """
+
+    vec_base: int = 0
+
+    @property
+    def vectors(self) -> int:
+        """Vector tiles that are read."""
+        return self.iter_in * max(0, self.uop_end - self.uop_bgn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from tvmstruct.vta.instructions import (
     Store,
     Unit,
     Uop,
+    VectorGemm,
     nop,
     unit_of,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Store",
     "Unit",
     "Uop",
+    "VectorGemm",
     "check",
     "decode",
     "decode_stream",
@@ -99,6 +101,7 @@ _CLASS: dict[Opcode, type[Any]] = {
     Opcode.GEMM: Gemm,
     Opcode.FINISH: Finish,
     Opcode.ALU: Alu,
+    Opcode.VGEMM: VectorGemm,
 }
 _OPCODE = {kind: opcode for opcode, kind in _CLASS.items()}
 _DEPS = tuple(Deps(*(bool(n >> i & 1) for i in range(4))) for n in range(16))
@@ -147,6 +150,8 @@ def _widths(opcode: Opcode, config: Config) -> tuple[tuple[str, int], ...]:
     )
     if opcode is Opcode.ALU:
         return (*loops, ("alu_opcode", 3), ("use_imm", 1), ("imm", 16))
+    if opcode is Opcode.VGEMM:
+        return (*loops, ("wgt_factor_out", 0), ("wgt_factor_in", 0), ("vec_base", src))
     wgt = config.log_depth(Memory.WGT)
     return (*loops, ("wgt_factor_out", wgt), ("wgt_factor_in", wgt))
 
@@ -166,10 +171,20 @@ def _used(opcode: Opcode, config: Config) -> int:
 def check(instruction: Instruction, config: Config = DEFAULT) -> None:
     """Raise VtaEncodingError for the first value that its field cannot hold."""
     opcode = _opcode(instruction)
+    if opcode not in _known(config):
+        raise VtaEncodingError(
+            f"{opcode.name}: {config.name} has no such instruction; it needs the extension vvma"
+        )
     for name in DEPS:
         _check_flag(opcode, name, getattr(instruction.deps, name))
     for name, field in _names(opcode, config):
         _check_value(opcode, name, field, getattr(instruction, name))
+
+
+@cache
+def _known(config: Config) -> tuple[Opcode, ...]:
+    """Return the opcodes of a design."""
+    return tuple(k for k in Opcode if k is not Opcode.VGEMM or "vvma" in config.extensions)
 
 
 def _opcode(instruction: Instruction) -> Opcode:
@@ -224,8 +239,8 @@ def decode(data: bytes, config: Config = DEFAULT, *, ignore_unused: bool = False
     if len(data) != INSTRUCTION_BYTES:
         raise VtaEncodingError(f"an instruction has {INSTRUCTION_BYTES} bytes, not {len(data)}")
     bits = int.from_bytes(data, "little")
-    if bits & 7 not in list(Opcode):
-        known = ", ".join(f"{int(k)} {k.name}" for k in Opcode)
+    if bits & 7 not in _known(config):
+        known = ", ".join(f"{int(k)} {k.name}" for k in _known(config))
         raise VtaEncodingError(f"opcode is {bits & 7}; known are {known}")
     opcode = Opcode(bits & 7)
     unused = bits & ~_used(opcode, config)

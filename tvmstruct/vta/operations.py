@@ -82,7 +82,8 @@ def workload(config: Config) -> Workload:
     raise InputError(f"explore: no operation classes of {config.name}; there are those of {known}")
 
 
-def _gemms(steps: Iterable[tuple[int, int, int]]) -> tuple[Gemm, ...]:
+def count_gemms(steps: Iterable[tuple[int, int, int]]) -> tuple[Gemm, ...]:
+    """Return each shape (rows, inputs, outputs) once, with its number."""
     counts: dict[tuple[int, int, int], int] = {}
     for shape in steps:
         counts[shape] = counts.get(shape, 0) + 1
@@ -116,7 +117,7 @@ def _bert(config: Config) -> Workload:
     seq, hidden, ffn, layers = config.seq, config.hidden, config.ffn, config.layers
     layer = _attention(seq, hidden, config.heads) + _feed_forward(seq, hidden, ffn, GELU)
     shapes = 4 * [(seq, hidden, hidden)] + [(seq, hidden, ffn), (seq, ffn, hidden)]
-    return Workload(config.name, tuple(layers * layer), _gemms(layers * shapes))
+    return Workload(config.name, tuple(layers * layer), count_gemms(layers * shapes))
 
 
 def _transformer(config: Config) -> Workload:
@@ -128,7 +129,7 @@ def _transformer(config: Config) -> Workload:
     steps = layers * (attention + last) + layers * (2 * attention + last)
     square = 12 * layers * [(seq, hidden, hidden)]
     shapes = square + 2 * layers * [(seq, hidden, ffn), (seq, ffn, hidden)]
-    return Workload(config.name, tuple(steps), _gemms(shapes))
+    return Workload(config.name, tuple(steps), count_gemms(shapes))
 
 
 def _memory_network(config: Config) -> Workload:
@@ -144,7 +145,7 @@ def _memory_network(config: Config) -> Workload:
     answer = rows, hidden, config.answers
     matrix = hidden * config.answers
     last = Step(ANSWER, rows * matrix, matrix * FLOAT_BYTES)
-    return Workload(config.name, (*(config.hops * hop), last), _gemms([answer]))
+    return Workload(config.name, (*(config.hops * hop), last), count_gemms([answer]))
 
 
 MAKERS: Mapping[type[Config], Callable[[Config], Workload]] = {

@@ -104,7 +104,8 @@ def vta_resources(config: Config, limits: Resources) -> Resources:
 
     The matrix unit has one multiplier and one adder for each multiply-add of a tile operation; the
     ALU one lane for each element of an accumulator tile.  With the extension ``vvma`` there are
-    ``batch x block`` more multipliers and a second copy of the input buffer, for a second port.
+    ``batch x block`` more multipliers, a second copy of the input buffer, for a second port, and
+    wider products in the matrix unit.
     """
     from tvmstruct.vta.config import Memory
 
@@ -112,8 +113,10 @@ def vta_resources(config: Config, limits: Resources) -> Resources:
     product = config.width(Memory.INP) * config.width(Memory.WGT)
     vectors = config.batch * config.block_in if "vvma" in config.extensions else 0
     slices = min(macs + vectors, int(limits.dsp))
+    scaled = config.width(Memory.INP) if vectors else 0  # more bits of what is multiplied
+    product += scaled * config.width(Memory.WGT)
     in_luts = (macs + vectors - slices) * LUT_MULTIPLIER * product
-    tree = macs * (config.width(Memory.INP) + config.width(Memory.WGT) + 4)
+    tree = macs * (config.width(Memory.INP) + config.width(Memory.WGT) + scaled + 4)
     alu = lanes * config.width(Memory.ACC)
     memories = [Memory.UOP, Memory.INP, Memory.WGT, Memory.ACC, Memory.OUT]
     if vectors:

@@ -3,6 +3,9 @@
 The same three steps as for lanes (Algorithm 1 of NLP-Fast): sequential least squares over
 continuous parameters with an analytic latency, rounding, and a loop that moves resources from one
 part of the design to another for as long as the cycle model says that it pays.
+
+Sizes other than the default's need VTA's HLS design: the Chisel one has fixed fields and an ALU
+for a batch of 1.  The cycle model's rules were measured on the default design and are carried over.
 """
 
 from __future__ import annotations

@@ -25,12 +25,14 @@ from tvmstruct.vta.isa import (
     Instruction,
     Load,
     Store,
+    VectorGemm,
     decode_stream,
 )
 from tvmstruct.vta.kernels import element_dtype, kernels
 from tvmstruct.vta.portable import Level, register_shift_limit, verify
 from tvmstruct.vta.queues import Token, described, order
 from tvmstruct.vta.scratchpads import ScratchpadState
+from tvmstruct.vta.vector_gemm import vector_gemm
 
 TILE_OP_LIMIT = 1 << 28
 
@@ -210,13 +212,16 @@ class Launch:
         if i.reset:
             machine.acc[tiles(touched.writes[Memory.ACC])] = 0
             return
+        self.counters.gemm_counter += i.tile_ops
+        if isinstance(i, VectorGemm):
+            vector_gemm(i, machine.uops, machine.acc, machine.inp, machine.wgt)
+            return
         t = machine._tensors
         kernels(self.config).gemm(
             t["acc"], t["inp"], t["wgt"], t["uops"], i.uop_bgn, i.uop_end - i.uop_bgn,
             i.iter_out, i.iter_in, i.dst_factor_out, i.dst_factor_in, i.src_factor_out,
             i.src_factor_in, i.wgt_factor_out, i.wgt_factor_in,
         )  # fmt: skip
-        self.counters.gemm_counter += i.tile_ops
 
     def alu(self, index: int, i: Alu, touched: Accesses) -> None:
         """Apply a vector operation."""

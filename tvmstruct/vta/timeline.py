@@ -8,7 +8,15 @@ from io import BytesIO
 from tvmstruct.errors import InputError
 from tvmstruct.vta.cycles import Prediction
 from tvmstruct.vta.engine import UNITS, Span
-from tvmstruct.vta.instructions import Alu, Finish, Gemm, Instruction, Load, unit_of
+from tvmstruct.vta.instructions import (
+    Alu,
+    Finish,
+    Gemm,
+    Instruction,
+    Load,
+    VectorGemm,
+    unit_of,
+)
 from tvmstruct.vta.timing import tile_operations
 
 HEAD = f"{'#':>6}  {'unit':<8}{'instruction':<22}{'queued':>9}{'start':>9}{'end':>9}  waited for"
@@ -17,6 +25,7 @@ COLOURS = {
     "LOAD": "#4c78a8",
     "STORE": "#72b7b2",
     "GEMM": "#e45756",
+    "VGEMM": "#b279a2",
     "ALU": "#f58518",
     "other": "#b0b0b0",
 }
@@ -26,7 +35,8 @@ WAITING = "#e8e8e8"
 def describe(instruction: Instruction) -> str:
     """Return an instruction in a few words: what it does and how much of it."""
     if isinstance(instruction, Gemm):
-        return f"GEMM {'reset ' if instruction.reset else ''}{tile_operations(instruction)}"
+        name = "VGEMM" if isinstance(instruction, VectorGemm) else "GEMM"
+        return f"{name} {'reset ' if instruction.reset else ''}{tile_operations(instruction)}"
     if isinstance(instruction, Alu):
         operand = instruction.imm if instruction.use_imm else "tile"
         name = instruction.alu_opcode.name.lower()

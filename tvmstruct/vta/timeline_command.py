@@ -45,10 +45,11 @@ def timeline(
     from tvmstruct.vta import timeline as pictures
     from tvmstruct.vta.config import DEFAULT, Config
     from tvmstruct.vta.cycles import predict
+    from tvmstruct.vta.files import read_bytes
     from tvmstruct.vta.isa import decode_stream
 
     design = DEFAULT if config is None else Config.from_json(config)
-    stream = decode_stream(program.read_bytes(), design, ignore_unused=True)
+    stream = decode_stream(read_bytes(program), design, ignore_unused=True)
     found = predict(stream, design)
     if png is not None:
         png.write_bytes(pictures.to_png(found, first, count))

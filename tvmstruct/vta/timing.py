@@ -25,6 +25,7 @@ from tvmstruct.vta.instructions import (
     Load,
     Store,
     Transfer,
+    VectorGemm,
     unit_of,
 )
 
@@ -51,7 +52,11 @@ def jobs(stream: Iterable[Instruction], config: Config, dram: Dram) -> list[Job]
 
 
 def _check(index: int, transfer: Transfer, config: Config) -> None:
-    """Refuse a transfer that hangs hardware or is larger than its scratchpad."""
+    """Refuse a transfer that hangs hardware, is larger than its scratchpad or loads outputs."""
+    if isinstance(transfer, Load) and transfer.memory is Memory.OUT:
+        raise VtaRunError(
+            "load-memory", f"instruction {index}: nothing can be loaded into out", index
+        )
     if not transfer.y_size:
         raise VtaRunError(
             "rows",
@@ -107,7 +112,7 @@ def _arithmetic(instruction: Gemm | Alu) -> int:
     count = tile_operations(instruction)
     if isinstance(instruction, Alu) and not instruction.use_imm:
         return 2 * count + PIPELINE  # one read port of the accumulators
-    return count + PIPELINE
+    return count + PIPELINE + SCALE_STAGE * isinstance(instruction, VectorGemm)
 
 
 def _bursts(transfer: Transfer, config: Config, dram: Dram) -> list[int]:
