@@ -20,6 +20,10 @@ from tvmstruct.vta.isa import decode_stream
 from tvmstruct.vta.launch import Launch
 from tvmstruct.vta.simulator import simulate
 
+# Cycles that one more launch is worth: 10 us at 100 MHz to start it and to move int8 rows between,
+# an assumption, for no board was measured.
+LAUNCH = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class VtaKernel:
@@ -94,7 +98,8 @@ def vta_chain(
     VVMA may go through the vector ALU, which only some versions of VTA let multiply: the cycle
     model says which way is faster.
 
-    Raises VtaError for features that move in another way: those steps want launches of their own.
+    Raises VtaError for features that move in another way, or where launches of their own, with
+    their cost, are faster: small blocks fill tiles only if they need not meet.
     """
     products, last = _products(steps)
     mixed = None if portable else _in_alu(products, last, config)
@@ -157,7 +162,25 @@ def _kernel(
     x_columns, before = _inputs(chain, first.index)
     y_columns, after = _outputs(chain, last)
     name = f"{'linear' if not others else 'chain'}_{rows}x{len(x_columns)}x{len(y_columns)}"
-    return VtaKernel(chain.launch(name, x_columns, y_columns), before, after)
+    kernel = VtaKernel(chain.launch(name, x_columns, y_columns), before, after)
+    if not chain.joined:
+        _check_pays(kernel, products, rows, config)
+    return kernel
+
+
+def _check_pays(kernel: VtaKernel, products: Sequence[Product], rows: int, config: Config) -> None:
+    """Raise VtaError where blocks padded each to meet in one launch cost more than launches."""
+    cycles = kernel.predict().cycles
+    single = sum(
+        _kernel([replace(p, index=None)], None, rows, config, pick_default).predict().cycles
+        for p in products
+    )
+    most = single + LAUNCH * (len(products) - 1)
+    if cycles > most:
+        raise VtaError(
+            f"VTA chain: one launch takes {cycles} cycles, but {len(products)} launches {single} "
+            f"and about {LAUNCH} for each more that a CPU starts"
+        )
 
 
 def _in_alu(

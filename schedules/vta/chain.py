@@ -50,8 +50,8 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.n = -(-self.rows // self.config.batch)
-        for join in (True, False):
-            self.packed = _packed(self.products, self.config, join)
+        for self.joined in (True, False):
+            self.packed = _packed(self.products, self.config, self.joined)
             links = [self._link(i) for i in range(1, len(self.products))]
             self.links = [found for found in links if found is not None]
             if len(self.links) == len(links):

@@ -181,3 +181,14 @@ def test_steps_that_cannot_meet_are_launches_of_their_own():
     for kernel in kernels:
         y = kernel.run(y)
     np.testing.assert_array_equal(y, expected(steps, x))
+
+
+def test_small_blocks_stay_apart_where_one_launch_is_slower():
+    rng = np.random.default_rng(6)
+    op = ops.SharedBlockDiag(int8(rng, 3, 4), 9) @ ops.swap(9, 4)
+    op = op @ ops.SharedBlockDiag(int8(rng, 3, 4), 12)
+    steps = steps_of(op, rng)
+    with pytest.raises(VtaError, match=r"one launch takes \d+ cycles, but 2 launches \d+ and"):
+        vta_chain(steps, 16)
+    assert len(vta_kernels(steps, 16)) == 2
+    compare(vta_chain(steps, 1), steps, op.n_in, rng)
