@@ -99,6 +99,8 @@ class Matmul:
     nest: TileNest
     epilogue: TileEpilogue
 
+    widens = False  # whether x and w become int32 as they are loaded
+
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
         self.roles: list[dict[str, str]] = []  # of each step: buffers by role
@@ -129,6 +131,11 @@ class Matmul:
         """Names of the arguments that ALU steps read."""
         return self.epilogue.operands
 
+    @property
+    def _weights(self) -> tuple[int, int]:
+        """The shape of a tile of w."""
+        return self.tile.out, self.tile.inp
+
     def _body(self) -> None:
         s, t, nest = self.shape, self.tile, self.nest
         groups = 1 if s.shared else s.g
@@ -136,15 +143,16 @@ class Matmul:
 
         self.args: dict[str, object] = {
             "x": argument("x", (s.n, s.g, s.k, *inps), "int8"),
-            "w": argument("w", (groups, s.m, s.k, t.out, t.inp), "int8"),
+            "w": argument("w", (groups, s.m, s.k, *self._weights), "int8"),
         }
         for name in self.operands:
             self.args[name] = argument(name, (s.g, s.m, *outs), "int32")
         self.args["y"] = argument("y", (s.n, s.g, s.m, *outs), "int8")
         whole, rest = divmod(s.n, self.rows)
+        dtype = "int32" if self.widens else "int8"
         shapes = {
-            "x": ((nest.g, nest.k, *inps), "int8"),
-            "w": ((1 if s.shared else nest.g, nest.columns, nest.k, t.out, t.inp), "int8"),
+            "x": ((nest.g, nest.k, *inps), dtype),
+            "w": ((1 if s.shared else nest.g, nest.columns, nest.k, *self._weights), dtype),
             "sums": ((nest.g, nest.m, *outs), "int32"),
         }
         held = (s.g, s.m) if nest.hoist else (nest.g, nest.m)
@@ -159,9 +167,9 @@ class Matmul:
             if count:
                 self.here |= {
                     name: T.sblock_alloc_buffer(
-                        (rows, *shape) if name in ("x", "sums") else shape, dtype, scope="global"
+                        (rows, *shape) if name in ("x", "sums") else shape, kind, scope="global"
                     )
-                    for name, (shape, dtype) in shapes.items()
+                    for name, (shape, kind) in shapes.items()
                 }
                 self._segment(count, rows, base)
 
@@ -175,25 +183,26 @@ class Matmul:
         with _named(extents) as outer:
             sums = (("n", rows), ("g", nest.g), ("m", nest.m))
             outs = (self.tile.batch, self.tile.out)
-            self._emit(Step("zero", "zero", sums, outs), outer, to="sums")
+            self.emit(Step("zero", "zero", sums, outs), outer, to="sums")
             inner = {"c": nest.m // nest.columns, "k": s.k // nest.k}
             with _named(inner) as more:
-                self._product(outer | more)
+                self.product(outer | more)
             self._finish(Step("alu", "", sums, outs), outer)
-            self._emit(Step("store", "store", sums, outs), outer, to="y", **{"from": "sums"})
+            self.emit(Step("store", "store", sums, outs), outer, to="y", **{"from": "sums"})
 
-    def _product(self, outer: Axes) -> None:
+    def product(self, outer: Axes) -> None:
+        """Emit the loads of x and w and their product, added to the sums."""
         s, t, nest = self.shape, self.tile, self.nest
         n, g = ("n", self.height), ("g", nest.g)
         m, k = ("m", nest.columns), ("k", nest.k)
         weights = (m, k) if s.shared else (g, m, k)
         w = Step("load", "load_w", weights, (t.out, t.inp), "int8")
-        self._emit(w, _only(outer, "mck" if s.shared else "gmck"), to="w", **{"from": "w"})
+        self.emit(w, only(outer, "mck" if s.shared else "gmck"), to="w", **{"from": "w"})
         # After w, which is there already where x is the result of a product before.
         x = Step("load", "load_x", (n, g, k), (t.batch, t.inp), "int8")
-        self._emit(x, _only(outer, "ngk"), to="x", **{"from": "x"})
+        self.emit(x, only(outer, "ngk"), to="x", **{"from": "x"})
         tiles, elements = (k, n, g, m), (t.out, t.inp, t.batch)
-        self._emit(Step("gemm", "gemm", tiles, elements, shared=s.shared), outer)
+        self.emit(Step("gemm", "gemm", tiles, elements, shared=s.shared), outer)
 
     def _finish(self, step: Step, outer: Axes) -> None:
         """Emit what happens to the sums before they are stored."""
@@ -201,29 +210,29 @@ class Matmul:
         if e.bias:
             self._with_tiles("add", "bias", step, outer)
         if e.add:
-            self._emit(replace(step, name="add", immediate=e.add), outer, to="sums")
+            self.emit(replace(step, name="add", immediate=e.add), outer, to="sums")
         if e.relu:
-            self._emit(replace(step, name="max"), outer, to="sums")
+            self.emit(replace(step, name="max"), outer, to="sums")
         for i in range(e.shift_tiles):
             self._with_tiles("shr", f"shift{i}", step, outer)
         for amount in e.shifts:
-            self._emit(replace(step, name="shr", immediate=amount), outer, to="sums")
+            self.emit(replace(step, name="shr", immediate=amount), outer, to="sums")
         if e.high is not None:
-            self._emit(replace(step, name="min", immediate=e.high), outer, to="sums")
+            self.emit(replace(step, name="min", immediate=e.high), outer, to="sums")
         if e.low is not None and not (e.relu and e.low <= 0):
-            self._emit(replace(step, name="max", immediate=e.low), outer, to="sums")
+            self.emit(replace(step, name="max", immediate=e.low), outer, to="sums")
 
     def _with_tiles(self, op: str, name: str, step: Step, outer: Axes) -> None:
         if not self.nest.hoist:
-            self._load_operand(name, _only(outer, "gm"), (self.nest.g, self.nest.m))
-        self._emit(replace(step, name=f"{op}_{name}", operand=name), outer, to="sums", operand=name)
+            self._load_operand(name, only(outer, "gm"), (self.nest.g, self.nest.m))
+        self.emit(replace(step, name=f"{op}_{name}", operand=name), outer, to="sums", operand=name)
 
     def _load_operand(self, name: str, outer: Axes, extents: tuple[int, int]) -> None:
         tiles = tuple(zip("gm", extents, strict=True))
         load = Step("load", f"load_{name}", tiles, (self.tile.batch, self.tile.out))
-        self._emit(load, outer, to=name, **{"from": name})
+        self.emit(load, outer, to=name, **{"from": name})
 
-    def _emit(self, step: Step, outer: Axes, **roles: str) -> None:
+    def emit(self, step: Step, outer: Axes, **roles: str) -> None:
         """Emit a step between local buffers and arguments that ``roles`` name."""
         local = dict(roles)
         if step.kind == "gemm":
@@ -264,7 +273,7 @@ class Matmul:
         return found
 
 
-def _only(outer: Axes, names: str) -> Axes:
+def only(outer: Axes, names: str) -> Axes:
     return {name: outer[name] for name in names}
 
 

@@ -26,6 +26,8 @@ class Step:
     operand: str = ""  # of alu: a buffer, or
     immediate: int = 0
     shared: bool = False  # of gemm: w has no groups
+    widen: bool = False  # of load: int8 becomes int32
+    dims: tuple[tuple[str, str], ...] = ()  # of alu: those of its operands, where not the usual
 
     @property
     def operands(self) -> dict[str, tuple[str, str]]:
@@ -37,13 +39,24 @@ class Step:
                 w = "mk" if self.shared else "gmk"
                 return {"x": ("ngk", "int8"), "w": (w, "int8"), "sums": ("ngm", "int32")}
             case "load":
-                return {"from": (dims, self.dtype), "to": (dims, self.dtype)}
+                return {
+                    "from": (dims, self.dtype),
+                    "to": (dims, "int32" if self.widen else self.dtype),
+                }
             case "store":
                 return {"from": (dims, "int32"), "to": (dims, "int8")}
+            case "alu" if self.dims:
+                return {role: (each, "int32") for role, each in self.dims}
             case "alu" if self.operand:
                 return {"operand": (dims.replace("n", ""), "int32"), **target}
             case _:
                 return target
+
+    @property
+    def reduced(self) -> set[str]:
+        """The dimensions that its target lacks: it adds up over them."""
+        *_, target = self.operands.values()
+        return {name for name, _ in self.tiles if name not in target[0]}
 
     def inside(self, role: str) -> tuple[int, ...]:
         """Return which of `elements` index a tile of an operand."""
@@ -63,7 +76,7 @@ def step_block(step: Step, outer: Axes, number: int | None = None) -> Iterator[t
     """
     inner = [(name, extent) for name, extent in step.tiles if extent > 1]
     elements = [(i, extent) for i, extent in enumerate(step.elements) if extent > 1]
-    reduced = {"k"} if step.kind == "gemm" else set()
+    reduced = step.reduced
     with loops(*(e for _, e in inner), *(e for _, e in elements)) as variables:
         axes: list[tuple[object, int, object, bool]] = []
         for name, (extent, variable) in outer.items():
@@ -112,7 +125,7 @@ def emit_step(step: Step, buffers: Mapping[str, object], places: Callable) -> Em
             case "store":
                 value = T.cast(values[0], "int8")
             case _:
-                value = values[0]
+                value = T.cast(values[0], "int32") if step.widen else values[0]
         T.buffer_store(buffers[target], value, at[target])
 
     return emit
@@ -122,5 +135,6 @@ ALU: dict[str, Callable] = {
     "add": lambda a, b: a + b,
     "max": lambda a, b: T.max(a, b),
     "min": lambda a, b: T.min(a, b),
+    "mul": lambda a, b: a * b,
     "shr": lambda a, b: T.shift_right(a, b),
 }

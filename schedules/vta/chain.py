@@ -14,8 +14,8 @@ from tvmstruct.schedules.compute.tile_matmul import TileShape
 from tvmstruct.schedules.registry import Pick
 from tvmstruct.schedules.vta.launches import Place, Recorded, Reserved, Stage, record_stages
 from tvmstruct.schedules.vta.links import Link, Transposition, even, link, natural, pieces
-from tvmstruct.schedules.vta.nest import choose_nest
-from tvmstruct.schedules.vta.pack import Packed, pack
+from tvmstruct.schedules.vta.nest import choose_mix, choose_nest
+from tvmstruct.schedules.vta.pack import Packed, pack, pack_diagonals
 from tvmstruct.schedules.vta.requantise import NONE, Requantise
 from tvmstruct.vta.config import Config, Memory
 from tvmstruct.vta.launch import Launch, Tiles
@@ -33,6 +33,7 @@ class Product:
     op: ops.Op
     after: Requantise
     index: Array | None = None
+    diagonals: Array | None = None  # (j, i, lanes): op in the vector ALU instead
 
 
 @dataclass(eq=False)
@@ -49,21 +50,24 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.n = -(-self.rows // self.config.batch)
-        self.packed = _packed(self.products, self.config)
-        self.links = [self._link(i) for i in range(1, len(self.products))]
+        for self.joined in (True, False):
+            self.packed = _packed(self.products, self.config, self.joined)
+            links = [self._link(i) for i in range(1, len(self.products))]
+            self.links = [found for found in links if found is not None]
+            if len(self.links) == len(links):
+                return
+        i = links.index(None)
+        raise VtaError(
+            f"VTA chain: the features between {self.products[i].op} and "
+            f"{self.products[i + 1].op} move in a way that neither whole tiles nor transpositions "
+            f"of {self.config.block_in} tiles make; take one launch for each"
+        )
 
-    def _link(self, i: int) -> Link:
+    def _link(self, i: int) -> Link | None:
         a, b = self.packed[i - 1], self.packed[i]
         index = self.products[i].index
         index = np.arange(self.products[i].op.n_in) if index is None else index
-        found = link(a, index, b, self.config.block_in, self.config.batch)
-        if found is None:
-            raise VtaError(
-                f"VTA chain: the features between {self.products[i - 1].op} and "
-                f"{self.products[i].op} move in a way that neither whole tiles nor transpositions "
-                f"of {self.config.block_in} tiles make; take one launch for each"
-            )
-        return found
+        return link(a, index, b, self.config.block_in, self.config.batch)
 
     def launch(self, name: str, x_columns: Array, y_columns: Array) -> Launch:
         """Record the chain; features lie at ``x_columns`` and ``y_columns`` of tiled rows."""
@@ -100,18 +104,21 @@ class Chain:
         epilogue = after.epilogue
         for number, piece in enumerate(pieces(x_at, y_at)):
             at = slice(piece.first, piece.first + piece.count)
-            shared = len(packed.w) == 1
+            shared = len(packed.w) == 1 and packed.groups > 1
             name = f"w{i}.{number}"
-            self._constant(name, Memory.WGT, packed.w if shared else packed.w[at])
+            memory = Memory.WGT if self.products[i].diagonals is None else Memory.ACC8
+            self._constant(name, memory, packed.w if shared else packed.w[at])
             for operand in epilogue.operands:
                 tiles = packed.spread(after.operand(operand), self.config)[at]
                 self._constant(f"{name}.{operand}", Memory.ACC, tiles)
             m, k = packed.w.shape[1:3]
+            mixes = self.products[i].diagonals is not None
             shape = TileShape(self.n, piece.count, m, k, shared=shared and piece.count > 1)
             x_place = Place(x[0], piece.x[0], (x[1], *piece.x[1:]))
             y_place = Place(y[0], piece.y[0], (y[1], *piece.y[1:]))
-            nest = choose_nest(shape, epilogue, self.config, self._picker())
-            self.stages.append(Stage(shape, nest, epilogue, x_place, name, y_place))
+            choose = choose_mix if mixes else choose_nest
+            nest = choose(shape, epilogue, self.config, self._picker())
+            self.stages.append(Stage(shape, nest, epilogue, x_place, name, y_place, mixes=mixes))
 
     def _transpose(self, i: int, source: str, move: Transposition) -> tuple[str, int]:
         """Add the stages of a transposition; returns the region of its result."""
@@ -151,9 +158,14 @@ class Chain:
         self.constants[name] = array
 
 
-def _packed(products: Sequence[Product], config: Config) -> list[Packed]:
+def _packed(products: Sequence[Product], config: Config, join: bool) -> list[Packed]:
     """Return the tiles of all products; dense ones follow the layout of blocks beside them."""
-    found = [pack(p.op, config) for p in products]
+    found = [
+        pack(p.op, config, join=join)
+        if p.diagonals is None
+        else pack_diagonals(p.diagonals, config)
+        for p in products
+    ]
     dense = [isinstance(p.op, ops.Dense) for p in products]
     for i in range(len(products) - 1):
         a, b = products[i].op, products[i + 1].op

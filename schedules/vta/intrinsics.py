@@ -38,7 +38,7 @@ def _arguments(step: Step, *, strided: bool) -> dict[str, object]:
     found = {}
     for role, (dims, dtype) in step.operands.items():
         inside = [step.elements[i] for i in step.inside(role)]
-        shape = [*(extents[d] for d in dims), *inside]
+        shape = [*(extents.get(d, 1) for d in dims), *inside]
         layout = {}
         if strided:
             steps = [symbol(f"{role}_{d}") for d in dims]

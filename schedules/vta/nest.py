@@ -9,7 +9,7 @@ from itertools import product
 
 from tvmstruct.errors import VtaMemoryError
 from tvmstruct.schedules.compute.tile_matmul import TileEpilogue, TileNest, TileShape
-from tvmstruct.schedules.registry import Pick
+from tvmstruct.schedules.registry import Pick, divisors
 from tvmstruct.schedules.vta.replay import (
     ISSUE,
     LATENCY,
@@ -64,6 +64,8 @@ def choose_nest(shape: TileShape, epilogue: TileEpilogue, config: Config, pick: 
     space = _Space(shape, epilogue, config)
 
     def ask(name: str, options: list[int], default: int) -> int:
+        if not options:
+            raise VtaMemoryError(f"VTA: the choices before leave no room for any {name}")
         return pick(name, options, default if default in options else options[0])
 
     rows_last = bool(ask("rows_last", [0, 1], int(d.rows_last)))
@@ -76,6 +78,24 @@ def choose_nest(shape: TileShape, epilogue: TileEpilogue, config: Config, pick: 
     w_places = ask("w_places", space.w_places(g, m, columns, k), d.w_places)
     sums = ask("sums_places", space.sums_places(n, g, m), d.sums_places)
     return TileNest(n, g, m, columns, k, x_places, w_places, sums, rows_last, space.hoist())
+
+
+def choose_mix(shape: TileShape, epilogue: TileEpilogue, config: Config, pick: Pick) -> TileNest:
+    """Return the nest of products element by element, which the vector ALU does alone.
+
+    Raises VtaMemoryError where the inputs of one output do not fit on chip.
+    """
+    space = _Space(shape, epilogue, config)
+    held = space.held(1, 1) if space.hoist() else 0
+    acc = config.depth(Memory.ACC) - held - shape.k
+    options = [m for m in divisors(shape.m, 1, shape.m) if m * (shape.k + 4) <= acc]
+    if not options:
+        raise VtaMemoryError(
+            f"VTA: {shape.k} inputs of one output, and as many weights, do not fit into "
+            f"{config.depth(Memory.ACC)} acc tiles"
+        )
+    m = pick("m", options, options[-1])
+    return TileNest(1, 1, m, m, shape.k, 1, 1, 1, hoist=space.hoist())
 
 
 def nests(shape: TileShape, epilogue: TileEpilogue, config: Config) -> Iterator[TileNest]:
@@ -123,7 +143,7 @@ class _Space:
         everything = self._operand_tiles() * self.shape.g * self.shape.m
         return everything <= self.depth(Memory.ACC) // 2
 
-    def _held(self, g: int, m: int) -> int:
+    def held(self, g: int, m: int) -> int:
         """Return the tiles of bias and shifts on chip."""
         s = self.shape
         return self._operand_tiles() * (s.g * s.m if self.hoist() else 2 * g * m)
@@ -138,7 +158,7 @@ class _Space:
     def columns(self, n: int, g: int) -> list[int]:
         acc = self.depth(Memory.ACC)
         tiles = n * g if self.hoist() else (n + 2 * self._operand_tiles()) * g
-        free = acc - self._held(0, 0)
+        free = acc - self.held(0, 0)
         return [m for m in self.options(self.shape.m) if m * tiles <= free]
 
     def depths(self, n: int, g: int, columns: int) -> list[int]:
@@ -167,7 +187,7 @@ class _Space:
 
     def sums_places(self, n: int, g: int, m: int) -> list[int]:
         count = self.shape.g // g * (self.shape.m // m)
-        most = (self.depth(Memory.ACC) - self._held(g, m)) // (n * g * m)
+        most = (self.depth(Memory.ACC) - self.held(g, m)) // (n * g * m)
         chunks = -(-self.shape.n // n) * count
         return [p for p in range(1, PLACES + 1) if p <= min(most, chunks)]
 

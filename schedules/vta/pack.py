@@ -40,8 +40,10 @@ class Packed:
 
 
 @singledispatch
-def pack(op: ops.Op, config: Config) -> Packed:
+def pack(op: ops.Op, config: Config, *, join: bool = True) -> Packed:
     """Return the tiles of an operator whose arrays are int8.
+
+    Blocks smaller than a tile are joined in one, or with ``join`` False padded each.
 
     Raises VtaError for one that is not a single product with a matrix or with blocks.
     """
@@ -52,27 +54,47 @@ def pack(op: ops.Op, config: Config) -> Packed:
 
 
 @pack.register
-def _(op: ops.Dense, config: Config) -> Packed:
-    return _blocks(op.w[None], 1, config)
+def _(op: ops.Dense, config: Config, *, join: bool = True) -> Packed:
+    return _blocks(op.w[None], 1, config, join)
 
 
 @pack.register
-def _(op: ops.BlockDiag, config: Config) -> Packed:
-    return _blocks(op.w, op.w.shape[0], config)
+def _(op: ops.BlockDiag, config: Config, *, join: bool = True) -> Packed:
+    return _blocks(op.w, op.w.shape[0], config, join)
 
 
 @pack.register
-def _(op: ops.SharedBlockDiag, config: Config) -> Packed:
-    return _blocks(op.w[None], op.blocks, config)
+def _(op: ops.SharedBlockDiag, config: Config, *, join: bool = True) -> Packed:
+    return _blocks(op.w[None], op.blocks, config, join)
 
 
-def _blocks(w: Array, groups: int, config: Config) -> Packed:
-    """Return diagonal blocks (groups or 1, p, q), small ones joined so that they fill tiles."""
+def pack_diagonals(v: Array, config: Config) -> Packed:
+    """Return the tiles (groups, i, j, batch, out) of ``y_i = sum_j v[j, i] * x_j``, v int8.
+
+    ``v`` is (j, i, lanes), and x_j and y_i have as many lanes, whole tiles of them.
+    """
+    j, i, lanes = v.shape
+    block = config.block_out
+    groups = lanes // block
+    tiles = v.reshape(j, i, groups, 1, block).transpose(2, 1, 0, 3, 4)
+    lane = np.arange(lanes)
+
+    def columns(count: int) -> Array:
+        tile = lane // block * count + np.arange(count)[:, None]
+        return (tile * block + lane % block).reshape(-1)
+
+    w = np.ascontiguousarray(np.repeat(tiles, config.batch, axis=3))
+    return Packed(w, groups, columns(j), columns(i))
+
+
+def _blocks(w: Array, groups: int, config: Config, joins: bool) -> Packed:
+    """Return diagonal blocks (groups or 1, p, q), small ones joined if it pays and ``joins``."""
     if w.dtype != np.int8:
         raise VtaError(f"VTA: weights of {w.dtype}; want int8, is quantisation missing?")
     _, p, q = w.shape
     block = config.block_in
-    join = min(_divisors(groups, block), key=lambda s: (_tile_ops(groups, s, p, q, block), s))
+    options = _divisors(groups, block) if joins else [1]
+    join = min(options, key=lambda s: (_tile_ops(groups, s, p, q, block), s))
     shared = w.shape[0] == 1
     pieces = w if not shared else np.repeat(w, join, axis=0)
     joined = np.zeros((1 if shared else groups // join, join, p, join, q), np.int8)

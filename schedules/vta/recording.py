@@ -59,7 +59,8 @@ class Recorder:
         """Lay the local buffers out on chip."""
         self.driver.release()
         for name, (tiles, places) in self.kernel.local().items():
-            number = self.driver.buffer(MEMORIES.get(name, Memory.ACC), tiles, places)
+            memory = Memory.ACC if self.kernel.widens else MEMORIES.get(name, Memory.ACC)
+            number = self.driver.buffer(memory, tiles, places)
             self.buffers[name] = self.driver.buffers[number]
 
     def call(self, number: int, values: Sequence[int]) -> None:
@@ -80,7 +81,7 @@ class Recorder:
         buffer = self.buffers[roles["to"]]
         base, dims = self._in_dram(step, roles["from"], *operands["from"])
         if buffer.fill((roles["from"], base, *dims)):
-            memory = MEMORIES.get(roles["to"], Memory.ACC)
+            memory = Memory.ACC8 if step.widen else MEMORIES.get(roles["to"], Memory.ACC)
             region = self.arguments[roles["from"]].region
             self.driver.load(memory, buffer.base, region, base, dims)
 
@@ -131,17 +132,16 @@ class Recorder:
         op = AluOp[step.name.split("_")[0].upper()]
         offset, strides = operands["to"]
         base = self.buffers[roles["to"]].base + offset
-        moves = dict.fromkeys("ngm", 0)
+        targets = dict(zip(step.operands["to"][0], strides, strict=True))
+        moves: dict[str, int] = {}
         source = 0
         if step.operand:
             at, other = operands["operand"]
             source = self.buffers[roles["operand"]].base + at
-            moves |= dict(zip("gm", other, strict=True))
-        steps = [
-            Loop(extent, stride, moves[dim])
-            for (dim, extent), stride in zip(step.tiles, strides, strict=True)
-        ]
+            moves = dict(zip(step.operands["operand"][0], other, strict=True))
+        steps = [Loop(extent, targets.get(dim, 0), moves.get(dim, 0)) for dim, extent in step.tiles]
         imm = None if step.operand else step.immediate
+        self.buffers[roles["to"]].change()
         self.driver.alu(op, (base, source), steps, imm)
 
 

@@ -10,7 +10,7 @@ from tvmstruct import ops
 from tvmstruct.errors import InputError, VtaError
 from tvmstruct.families.kronecker import kronecker
 from tvmstruct.families.vvma import vvma
-from tvmstruct.schedules.vta import vta_chain
+from tvmstruct.schedules.vta import vta_chain, vta_kernels
 from tvmstruct.vta.config import Config
 from tvmstruct.vta.integer import IntLinear, Reorder, factors
 from tvmstruct.vta.portable import Level, check
@@ -136,3 +136,59 @@ def test_refusals():
         vta_chain(steps_of(op, rng), 1)
     with pytest.raises(InputError, match="no linear step"):
         vta_chain([Reorder(np.arange(4))], 1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "transposed"), [((2, 4, 16), 3, False), ((16, 24, 16), 1, True)]
+)
+def test_diagonals_go_where_the_cycle_model_says(blocks, rows, transposed):
+    """Few blocks leave tiles of the matrix unit mostly empty; many keep the ALU busy longer."""
+    rng = np.random.default_rng(3)
+    k = blocks[2]
+    op = vvma(int8(rng, k, k), int8(rng, *blocks), transposed=transposed)
+    steps = steps_of(op, rng)
+    kernel, stock = (vta_chain(steps, rows, portable=portable) for portable in (False, True))
+    x = int8(rng, rows, op.n_in)
+    np.testing.assert_array_equal(kernel.run(x), expected(steps, x))
+    np.testing.assert_array_equal(stock.run(x), kernel.run(x))
+    assert kernel.predict().cycles <= stock.predict().cycles
+    assert kernel.portable == (blocks[0] * blocks[1] > 64)
+
+
+def test_diagonals_in_the_alu_of_wide_lanes_and_tiles():
+    rng = np.random.default_rng(4)
+    op = vvma(int8(rng, 48, 48), int8(rng, 2, 3, 48))
+    steps = steps_of(op, rng)
+    config = Config(log_batch=1)
+    kernel = vta_chain(steps, 3, config, portable=False)
+    assert not kernel.portable
+    x = int8(rng, 3, op.n_in)
+    np.testing.assert_array_equal(kernel.run(x), expected(steps, x))
+
+
+def test_steps_that_cannot_meet_are_launches_of_their_own():
+    rng = np.random.default_rng(5)
+    op = (
+        ops.BlockDiag(int8(rng, 4, 24, 20))
+        @ ops.swap(4, 20)
+        @ ops.BlockDiag(int8(rng, 4, 20, 24))
+        @ ops.Dense(int8(rng, 96, 30))
+    )
+    steps = steps_of(op, rng)
+    kernels = vta_kernels(steps, 2)
+    assert len(kernels) == 2
+    x = y = int8(rng, 2, op.n_in)
+    for kernel in kernels:
+        y = kernel.run(y)
+    np.testing.assert_array_equal(y, expected(steps, x))
+
+
+def test_small_blocks_stay_apart_where_one_launch_is_slower():
+    rng = np.random.default_rng(6)
+    op = ops.SharedBlockDiag(int8(rng, 3, 4), 9) @ ops.swap(9, 4)
+    op = op @ ops.SharedBlockDiag(int8(rng, 3, 4), 12)
+    steps = steps_of(op, rng)
+    with pytest.raises(VtaError, match=r"one launch takes \d+ cycles, but 2 launches \d+ and"):
+        vta_chain(steps, 16)
+    assert len(vta_kernels(steps, 16)) == 2
+    compare(vta_chain(steps, 1), steps, op.n_in, rng)

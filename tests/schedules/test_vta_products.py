@@ -19,6 +19,7 @@ from tvmstruct.schedules.compute.tile_matmul import (
 from tvmstruct.schedules.vta import vta_linear
 from tvmstruct.schedules.vta.nest import default_nest, estimate, nests
 from tvmstruct.schedules.vta.replay import replay
+from tvmstruct.schedules.vta.tile_matmul import schedule_tile_matmul
 from tvmstruct.vta.config import DEFAULT, Config
 from tvmstruct.vta.portable import Level, check
 
@@ -197,3 +198,10 @@ def test_what_does_not_fit_is_not_spilled():
     op = ops.Dense(np.ones((16, 16), np.int8))
     with pytest.raises(VtaMemoryError, match="does not fit on chip"):
         vta_linear(op, np.arange(16), 0, False, 1, tiny)
+
+
+def test_golden(golden):
+    shape, nest = TileShape(4, 1, 2, 3), TileNest(2, 1, 2, 1, 3)
+    definition = Matmul(shape, Tile(1, 16, 16), nest, TileEpilogue(bias=True, shifts=(7,)))
+    scheduled = schedule_tile_matmul(definition).with_attr("global_symbol", "tile_matmul")
+    golden("vta_tile_matmul_4x32x48_bias", scheduled.script())

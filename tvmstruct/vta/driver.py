@@ -222,6 +222,8 @@ class Driver:
             # Load and store meet only through compute.
             through = self._relay(other, wanted.pop(other))
             wanted[Unit.COMPUTE] = max(wanted.get(Unit.COMPUTE, 0), through)
+        for other, count in self._hazards.overdue(unit).items():
+            wanted[other] = max(wanted.get(other, 0), count)
         for other, count in wanted.items():
             self._wait(unit, entry, other, count)
         self._append(unit, entry, accesses)

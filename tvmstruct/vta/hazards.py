@@ -22,6 +22,7 @@ from tvmstruct.ops import Array
 from tvmstruct.vta.instructions import Unit
 
 MOST_PENDING = 255  # tokens in one channel: there hardware counters saturate
+AHEAD = 200  # tokens that a unit pushes before it waits for the one that takes them
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,16 @@ class Hazards:
             count = max((self._last(other, access) for access in accesses), default=0)
             if count > self._known[unit, other]:
                 found[other] = count
+        return found
+
+    def overdue(self, unit: Unit) -> dict[Unit, int]:
+        """Return what ``unit`` must wait for lest its tokens overflow the counters of others."""
+        found: dict[Unit, int] = {}
+        for (source, other), tokens in self._tokens.items():
+            if source == unit and len(tokens) > AHEAD:
+                _, popper = tokens[-AHEAD]
+                if popper > self._known[unit, other]:
+                    found[other] = popper
         return found
 
     def _last(self, unit: Unit, access: Access) -> int:

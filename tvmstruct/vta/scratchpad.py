@@ -47,6 +47,10 @@ class Buffer:
         self.fresh = False
         return not resident
 
+    def change(self) -> None:
+        """Note that what the current place holds is no longer what was loaded."""
+        self.held[self.current] = None
+
     def spare(self) -> None:
         """Note that all places but the current one are ready for use too."""
         self._spare = self.versions - 1

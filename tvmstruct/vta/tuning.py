@@ -6,6 +6,7 @@ twice: a record's time is that of the cycles, its gain over the default the rati
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 import zlib
@@ -21,7 +22,7 @@ from tvmstruct.database import MARGIN, Choices, Database, Record, TuningWarning,
 from tvmstruct.errors import TuningError, VtaError
 from tvmstruct.progress import TuningProgress
 from tvmstruct.schedules.registry import Pick, pick_default
-from tvmstruct.schedules.vta import vta_linear
+from tvmstruct.schedules.vta import vta_chain
 from tvmstruct.schedules.vta.requantise import Requantise
 from tvmstruct.targets import TargetSpec
 from tvmstruct.tuning import Shapes, TunedKernel, TuneReport
@@ -39,19 +40,25 @@ PARENTS = 6  # fastest choices that new ones are made from
 DRAWS = 30  # tries to find choices that are new
 
 
-def workload(step: IntLinear, rows: int, config: Config) -> Workload:
-    """Return what a record of a linear step is about: all that its stream depends on."""
+def workload(steps: Sequence[Step], rows: int, config: Config) -> Workload:
+    """Return what a record of steps in one launch is about: all that its stream depends on."""
+    linear = [step for step in steps if isinstance(step, IntLinear)]
+    shapes = ((rows, linear[0].op.n_in), (rows, linear[-1].op.n_out))
+    words = "; ".join(map(_words, steps))
+    return Workload("vta_chain", words, shapes, "int8", config.name, 1)
+
+
+def _words(step: Step) -> str:
+    if isinstance(step, Reorder):
+        return f"reorder {hashlib.sha256(step.index.tobytes()).hexdigest()[:8]}"
     e = Requantise(step.bias, step.shift, step.relu).epilogue
     words = [ops.describe(step.op), *["bias"] * e.bias, *["add"] * (e.add != 0)]
-    words += [*["relu"] * e.relu, f"shifts {len(e.shifts)} {e.shift_tiles}"]
-    shapes = ((rows, step.op.n_in), (rows, step.op.n_out))
-    return Workload("vta_linear", " ".join(words), shapes, "int8", config.name, 1)
+    return " ".join([*words, *["relu"] * e.relu, f"shifts {len(e.shifts)} {e.shift_tiles}"])
 
 
 def tuned_make(accelerator: Accelerator, folder: str | Path | None) -> Make:
     """Return what makes launches as the records of a folder say, and as by default without.
 
-    A step with a record is a launch of its own: records are of single steps.
     Raises TuningError where there is no such folder.
     """
     if folder is None:
@@ -61,24 +68,16 @@ def tuned_make(accelerator: Accelerator, folder: str | Path | None) -> Make:
     database, config = Database(folder), accelerator.config
 
     def make(steps: Sequence[Step], rows: int) -> Sequence[Kernel | Reorder]:
-        linear = [step for step in steps if isinstance(step, IntLinear)]
-        found = [_choices(database, workload(step, rows, config)) for step in linear]
-        if len(steps) == 1 and found and found[0] is not None:
-            what = workload(linear[0], rows, config)
+        what = workload(steps, rows, config)
+        record = database.best(what, MACHINE)
+        if record is not None and record.choices is not None:
             try:
-                return make_kernels(steps, rows, config, recorded(found[0], what))
+                return make_kernels(steps, rows, config, recorded(record.choices, what))
             except TuningError as error:
                 warnings.warn(f"{error}; the default is used", TuningWarning, stacklevel=2)
-        if len(steps) > 1 and any(choices is not None for choices in found):
-            raise VtaError("a step of the chain is tuned, as a launch of its own")
         return accelerator.kernels(steps, rows)
 
     return make
-
-
-def _choices(database: Database, what: Workload) -> Choices | None:
-    record = database.best(what, MACHINE)
-    return None if record is None else record.choices
 
 
 def tune_launches(
@@ -99,8 +98,8 @@ def tune_launches(
     found = _steps(source, spec, shapes, calibration)
     rows: list[TunedKernel] = []
     with TuningProgress(len(found), trials, enabled=progress) as display:
-        for what, (step, calls) in found.items():
-            search = Search(what, step, spec.accelerator.config, records, seed)
+        for what, (steps, calls) in found.items():
+            search = Search(what, steps, spec.accelerator.config, records, seed)
             display.start(str(what), search.trials)
             rows.append(search.run(trials, calls, display))
     seconds = round(time.perf_counter() - started, 3)
@@ -111,22 +110,20 @@ def tune_launches(
 class _Collecting(Accelerator):
     """Remembers the steps that it made kernels for."""
 
-    made: dict[Workload, tuple[IntLinear, int]] = field(default_factory=dict, compare=False)
+    made: dict[Workload, tuple[tuple[Step, ...], int]] = field(default_factory=dict, compare=False)
 
     def kernels(self, steps: Sequence[Step], rows: int) -> tuple[Kernel | Reorder, ...]:
         made = super().kernels(steps, rows)
-        for step in steps:
-            if isinstance(step, IntLinear):
-                what = workload(step, rows, self.config)
-                calls = self.made[what][1] if what in self.made else 0
-                self.made[what] = (step, calls + 1)
+        what = workload(steps, rows, self.config)
+        calls = self.made[what][1] if what in self.made else 0
+        self.made[what] = (tuple(steps), calls + 1)
         return made
 
 
 def _steps(
     source: Source, spec: TargetSpec, shapes: Shapes | Sequence[Shapes] | None, calibration: Any
-) -> dict[Workload, tuple[IntLinear, int]]:
-    """Return each distinct workload of a model with a step and how many layers are like it."""
+) -> dict[Workload, tuple[tuple[Step, ...], int]]:
+    """Return each distinct workload of a model with its steps and how many layers are like it."""
     from tvmstruct.compiler import compile as compile_model
 
     assert spec.accelerator is not None
@@ -163,7 +160,7 @@ class Search:
     """The search of one workload: what is known, and what to try next."""
 
     workload: Workload
-    step: IntLinear
+    steps: Sequence[Step]
     config: Config
     database: Database
     seed: int = 0
@@ -252,10 +249,7 @@ class Search:
         return None
 
     def _seconds(self, pick: Pick) -> float:
-        step = self.step
-        kernel = vta_linear(
-            step.op, step.bias, step.shift, step.relu, self.workload.rows, self.config, pick
-        )
+        kernel = vta_chain(self.steps, self.workload.rows, self.config, pick)
         board = BOARDS.get(self.config.target, BOARDS["sim"])
         return kernel.predict().cycles / (board.mhz * 1e6)
 
