@@ -173,14 +173,14 @@ def caption(found: dict[str, Any]) -> str:
 
 
 def _command() -> str:
-    """Return the command of this run, without the folder that it writes."""
+    """Return the command of this run: its seed, and what is not as by default."""
     parts = ["python benchmarks/train_language_model.py"]
     context = click.get_current_context()
     for option in context.command.params:
         value = context.params[str(option.name)]
-        if option.name != "out" and value is not None and value is not False:
-            switch = option.opts[0]
-            parts.append(switch if value is True else f"{switch} {value}")
+        if option.name == "seed" or (option.name != "out" and value != option.default):
+            switch = option.secondary_opts[0] if value is False else option.opts[0]
+            parts.append(switch if isinstance(value, bool) else f"{switch} {value}")
     return " ".join(parts)
 
 

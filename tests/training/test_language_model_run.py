@@ -24,6 +24,7 @@ from language_runs import Run, Settings, train  # pyright: ignore[reportMissingI
 from language_text import END, read_text, split_words, streams  # pyright: ignore[reportMissingImports]
 
 from tvmstruct.errors import ArtifactError
+from tvmstruct.recurrent_forms import reduction, zero_layer
 from tvmstruct.training import Terms
 
 TINY = Settings(
@@ -83,6 +84,18 @@ def test_the_whole_run_in_miniature(tmp_path: Path, monkeypatch) -> None:
     assert again.exit_code == 0
     second = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [r["perplexity"] for r in second] == [r["perplexity"] for r in rows]
+
+
+def test_the_committed_table_is_that_of_its_figures_and_shows_the_claim() -> None:
+    folder = Path(script.__file__).parent / "results"
+    found = json.loads((folder / "language_model.json").read_text())
+    text = script.caption(found) + "\n" + script.table(found)
+    assert (folder / "language_model.md").read_text() == text
+    perplexity = {(r["model"], r["distilled"]): r["perplexity"] for r in found["rows"]}
+    for name, forms in script.STUDENTS.items():
+        assert perplexity[name, "yes"] < perplexity[name, "no"]
+        sizes = (found["settings"]["hidden"],) * 2
+        assert reduction(zero_layer("lstm", *sizes, *forms)) >= (25 if "25" in name else 10)
 
 
 def test_compiled_models_are_timed_and_compared(text, monkeypatch) -> None:
