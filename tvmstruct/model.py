@@ -415,7 +415,7 @@ class CompiledModel:
         self._sizes(
             dict(zip([s.name for s in self.inputs], [a.shape for a in arrays], strict=True))
         )
-        self._check_tokens(arrays)
+        self._check_values(arrays)
         return arrays
 
     def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
