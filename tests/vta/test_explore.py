@@ -156,11 +156,16 @@ def test_command_prints_tables(run, tmp_path):
     assert f"{output}: {Config.from_json(output).name}" in done.stdout
 
 
+def words(output):
+    """Return what a box says on one line: it is broken where the width of the terminal says."""
+    return " ".join(output.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("option", ["-o", "--plot"])
 def test_missing_folder_is_misuse(run, tmp_path, option):
     done = run(SMALL, "--board", "pynq", option, tmp_path / "none" / "file")
     assert done.exit_code == 2
-    assert "no folder" in done.output
+    assert "no folder" in words(done.output)
 
 
 def test_command_reads_a_model_file(run, tmp_path):
@@ -180,4 +185,4 @@ def test_compiled_model_is_misuse(run, tmp_path):
     file.touch()
     done = run(file, "--board", "pynq")
     assert done.exit_code == 2
-    assert "compiled already" in done.output
+    assert "compiled already" in words(done.output)
