@@ -178,7 +178,9 @@ def _command() -> str:
     context = click.get_current_context()
     for option in context.command.params:
         value = context.params[str(option.name)]
-        if option.name == "seed" or (option.name != "out" and value != option.default):
+        usual = {None, option.get_default(context)}
+        usual |= set() if option.secondary_opts else {False}  # a flag that is not given
+        if option.name == "seed" or (option.name != "out" and value not in usual):
             switch = option.secondary_opts[0] if value is False else option.opts[0]
             parts.append(switch if isinstance(value, bool) else f"{switch} {value}")
     return " ".join(parts)

@@ -86,6 +86,19 @@ def test_the_whole_run_in_miniature(tmp_path: Path, monkeypatch) -> None:
     assert [r["perplexity"] for r in second] == [r["perplexity"] for r in rows]
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ([], "--seed 1"),
+        (["--student-updates", "5", "--out", "x"], "--seed 1 --student-updates 5"),
+        (["--quick", "--no-latency", "--seed", "2"], "--seed 2 --quick --no-latency"),
+    ],
+)
+def test_the_command_says_what_is_not_as_by_default(given: list[str], written: str) -> None:
+    with script.main.make_context("run", given):
+        assert script._command() == f"python benchmarks/train_language_model.py {written}"
+
+
 def test_the_committed_table_is_that_of_its_figures_and_shows_the_claim() -> None:
     folder = Path(script.__file__).parent / "results"
     found = json.loads((folder / "language_model.json").read_text())
