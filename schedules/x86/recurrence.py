@@ -144,28 +144,31 @@ class _Kernel:
         gates, groups = side.cell.gates, side.groups or 1
         layout = Layout(groups, r.h // groups, self.isa.lanes)
         z = argument(f"z{number}", (m, i64(gates * r.h)))
-        weights = []
-        whole = gates * layout.size
-        if side.hidden == "int8":
-            words = -(-r.h // 4) * whole
-            kinds = {"words": (words, "int32"), "start": (whole, "int32")}
-            kinds["scale"] = (whole, "float32")
-            weights.append([argument(f"{k}{number}", (i64(n),), d) for k, (n, d) in kinds.items()])
-        parts = () if side.hidden == "int8" else hidden_parts(side.cell)
-        for (_, some), program in zip(parts, self.programs[number], strict=False):
-            sizes = (
-                [(layout.each * some * layout.size, "float32")]
-                if program is None
-                else [
-                    (program.words(i), "int32" if i in program.pairs else "float32")
-                    for i in range(len(program.weights))
-                ]
-            )
-            name = f"w{number}_{len(weights)}_"
-            weights.append([argument(f"{name}{i}", (i64(n),), d) for i, (n, d) in enumerate(sizes)])
+        weights = self._weights(number, layout)
         bias = argument(f"bias{number}", (i64(gates * layout.size),)) if side.hidden_bias else None
         holes = argument(f"peepholes{number}", (i64(3 * layout.size),)) if side.peepholes else None
         return _Side(self, number, z, weights, bias, holes, layout)
+
+    def _weights(self, number: int, layout: Layout) -> list[list[tirx.Buffer]]:
+        """Declare the tensors of each hidden product of a side."""
+        side, h = self.r.sides[number], self.r.h
+        if side.hidden == "int8":
+            size = side.cell.gates * layout.size
+            words = argument(f"words{number}", (i64(-(-h // 4) * size),), "int32")
+            start = argument(f"start{number}", (i64(size),), "int32")
+            return [[words, start, argument(f"scale{number}", (i64(size),))]]
+        found = []
+        programs = self.programs[number]
+        for (first, gates), program in zip(hidden_parts(side.cell), programs, strict=True):
+            sizes = [(layout.each * gates * layout.size, "float32")]
+            if program is not None:
+                sizes = [
+                    (program.words(i), "int32" if i in program.pairs else "float32")
+                    for i in range(len(program.weights))
+                ]
+            name = f"w{number}_{first}_"
+            found.append([argument(f"{name}{i}", (i64(n),), d) for i, (n, d) in enumerate(sizes)])
+        return found
 
 
 @dataclass
