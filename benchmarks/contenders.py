@@ -176,7 +176,7 @@ def _lookup(case: LookupCase, options: dict[str, Any]) -> tuple[Call, str]:
         array[...] = rng.standard_normal(x.shape, np.float32)
         inputs.append(array)
     turns = cycle(inputs)
-    forms = [layer.form for layer in compiled.report().layers]
+    forms = [layer.form for layer in compiled.report().layers if layer.form != "sequence"]
     return lambda: compiled(next(turns)), ", ".join(dict.fromkeys(forms))
 
 
@@ -195,7 +195,7 @@ def _tvmstruct(
         array[...] = feeds[spec.name]
         arrays.append(array)
     compiled(*arrays)
-    forms = [layer.form for layer in compiled.report().layers]
+    forms = [layer.form for layer in compiled.report().layers if layer.form != "sequence"]
     if form is not None and {f.split()[0] for f in forms} != {form}:
         raise ValueError(f"compiled as {', '.join(sorted(set(forms)))}; the weight is {form}")
     return lambda: compiled(*arrays), ", ".join(dict.fromkeys(forms))

@@ -17,6 +17,7 @@ from tvmstruct.layers import (
     HashTables,
     Layer,
     LayerNorm,
+    LayerSequence,
     LayerTable,
     MinimalAttention,
     Node,
@@ -25,6 +26,7 @@ from tvmstruct.layers import (
     arguments,
     weights_of,
 )
+from tvmstruct.passes.sequence_arguments import SequenceArguments
 from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
@@ -37,6 +39,7 @@ from tvmstruct.schedules.compute.recurrence import (
     pack_units,
 )
 from tvmstruct.schedules.registry import Kernel
+from tvmstruct.stages import Program
 from tvmstruct.weights import WeightStore
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -116,14 +119,31 @@ class EmitKernels:
                 return kernel, [x, *words, *self._bias(node), *residual]
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
             return kernel, [x, *self._packed(node), *residual]
-        paired = node.precision != "f32"
-        program = self.store.program(node.key, node.op, self.kernels.lanes, paired=paired)
+        program, weights = self._staged(node)
         kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
-        weights = [
-            self.store.tensor(f"{node.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+        return kernel, [x, *weights, *self._bias(node), *residual]
+
+    def _staged(self, layer: Layer) -> tuple[Program, list[relax.Expr]]:
+        """Return the stages of a layer and their weights."""
+        paired = layer.precision != "f32"
+        program = self.store.program(layer.key, layer.op, self.kernels.lanes, paired=paired)
+        return program, [
+            relax.const(
+                self.store.tensor(
+                    f"{layer.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors)
+                )
+            )
             for i in range(len(program.weights))
         ]
-        return kernel, [x, *map(relax.const, weights), *self._bias(node), *residual]
+
+    @_kernel.register
+    def _(self, node: LayerSequence, args, shape):
+        found = SequenceArguments(args)
+        for layer, reads in zip(node.members, node.reads, strict=True):
+            program, weights = self._staged(layer)
+            found.add(layer.epilogue, program, reads, [*weights, *self._bias(layer)])
+        kernel = self.kernels.sequence(found.members, found.inputs, shape[0])
+        return kernel, found.tensors
 
     @_kernel.register
     def _(self, node: FeedForward, args, shape):

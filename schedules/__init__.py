@@ -8,10 +8,12 @@ from typing import Protocol
 import numpy as np
 from tvm import tirx
 
+from tvmstruct.ops import Op
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.compute.recurrence import Recurrence
+from tvmstruct.schedules.compute.sequence import Member
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.stages import Program
 
@@ -55,6 +57,14 @@ class Kernels(Protocol):
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator."""
+        ...
+
+    def joins(self, op: Op, precision: str, rows: int) -> bool:
+        """Return whether so few rows of a layer are computed in one kernel with its neighbours."""
+        ...
+
+    def sequence(self, members: Sequence[Member], inputs: Sequence[int], rows: int) -> Kernel:
+        """Return layers in a row: the inputs, all constants, y of the last."""
         ...
 
     def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:

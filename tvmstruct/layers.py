@@ -70,6 +70,18 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class LayerSequence:
+    """Layers that one kernel computes for a few rows, which nothing else reads but the last.
+
+    ``reads`` are the numbers of each member's arguments: those of the sequence count first, then
+    the results of the members before it.
+    """
+
+    members: tuple[Layer, ...]
+    reads: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Attention:
     """Fused attention on row buffers; a layout is (width, offset of the first head).
 
@@ -279,6 +291,7 @@ class TableForm:
 Node = (
     Layer
     | FeedForward
+    | LayerSequence
     | Attention
     | ProjectedAttention
     | MinimalAttention
@@ -294,6 +307,8 @@ def weights_of(node: Node) -> tuple[Layer, ...]:
     """Return the layers of the source whose weights a node multiplies with."""
     if isinstance(node, FeedForward):
         return (node.up, node.down)
+    if isinstance(node, LayerSequence):
+        return tuple(part for layer in node.members for part in weights_of(layer))
     if isinstance(node, ProjectedAttention):
         return (node.projection,)
     if isinstance(node, MinimalAttention):

@@ -27,6 +27,7 @@ from tvmstruct.passes.fuse_attention import FuseAttention
 from tvmstruct.passes.fuse_embedding import FuseEmbedding
 from tvmstruct.passes.fuse_epilogue import FuseEpilogue
 from tvmstruct.passes.fuse_layer_norm import FuseLayerNorm
+from tvmstruct.passes.join_layers import JoinLayers
 from tvmstruct.passes.lift_constants import LiftConstants, with_parameters
 from tvmstruct.passes.merge_shared_input import MergeSharedInput
 from tvmstruct.passes.minimise_attention import MinimiseAttention
@@ -165,6 +166,7 @@ def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iter
         if session.skip is None:  # skipped work is dealt out by (head, tile), heads kept apart
             yield ProjectAttention(table, session.kernels)
         yield SplitFeedForward(table, session.kernels)
+    yield JoinLayers(table, session.kernels)
 
 
 def _offload(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:

@@ -16,6 +16,7 @@ from tvmstruct.layers import (
     Form,
     HashTables,
     Layer,
+    LayerSequence,
     LayerTable,
     MinimalAttention,
     ProjectedAttention,
@@ -107,10 +108,24 @@ def fused_records(
                 macs=node.up.op.macs + node.down.op.macs,
                 reason="both matrices in one kernel",
             )
+        elif isinstance(node, LayerSequence):
+            yield _sequence(node)
         elif isinstance(node, Embedding):
             yield _embedding(node)
         elif isinstance(node, RecurrentCells):
             yield _recurrence(node)
+
+
+def _sequence(node: LayerSequence) -> LayerRecord:
+    """Return the record of layers that few rows pass one after the other."""
+    names = [layer.names[0] for layer in node.members]
+    return LayerRecord(
+        f"sequence.{names[0]}",
+        (node.members[0].op.n_in, node.members[-1].n_out),
+        "sequence",
+        macs=sum(layer.op.macs for layer in node.members),
+        reason=f"{len(names)} layers in one kernel, up to {names[-1]}",
+    )
 
 
 def _recurrence(node: RecurrentCells) -> LayerRecord:

@@ -100,6 +100,51 @@ class StagedProduct:
         kernel.stages(_Block(kernel, i64(0), self.height, [source, target, *own]))
 
 
+@dataclass(frozen=True)
+class StagedRows:
+    """The stages of a program, and its epilogue, between rows of two buffers of another kernel."""
+
+    program: Program
+    nest: RowNest
+    epilogue: Epilogue
+    lanes: int
+    tiles: dict[Tile, int]  # of all products of that kernel
+    rows: int
+    weights: list
+    bias: tirx.Buffer | None = None
+    residual: tirx.Buffer | None = None
+    norm: RowNorm | None = None
+
+    def allocate(self) -> list:
+        """Allocate the buffers between the stages in the block at hand."""
+        return _between(self.program, self.rows)
+
+    def emit(self, x: tirx.Buffer, y: tirx.Buffer, between: list, first: object) -> None:
+        """Emit everything from the rows of ``x`` to those of ``y``, from ``first`` on."""
+        kernel = _Kernel(
+            self.program, self.nest, self.epilogue, self.lanes, self.tiles,
+            self.weights, self.bias, self.residual, self.norm,
+        )  # fmt: skip
+        kernel.x, kernel.y = x, y
+        work = _Block(kernel, first, self.rows, [Rows(x, first), Rows(y, first), *between])
+        if self.nest.threads != "rows":
+            kernel.stages(work)
+            return
+        with block("member", []):
+            kernel.touch(work)
+            kernel.stages(work)
+
+
+def _between(program: Program, height: int) -> list:
+    """Allocate what ``height`` rows need between the stages."""
+    return [
+        Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
+        if size
+        else None
+        for size in program.sizes[Y + 1 :]
+    ]
+
+
 @dataclass
 class _Kernel:
     """The arguments, and code for one segment of rows after the other."""
@@ -134,12 +179,7 @@ class _Kernel:
     def emit(self, segment: Segment, *, parallel: bool) -> None:
         """Emit all stages for the row blocks of a segment, each an sblock of its own."""
         count, height = segment.count, segment.height
-        scratch = [
-            Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
-            if size
-            else None
-            for size in self.program.sizes[Y + 1 :]
-        ]
+        scratch = _between(self.program, height)
 
         def rows(first) -> _Block:
             buffers = [Rows(self.x, first), Rows(self.y, first), *scratch]
@@ -198,6 +238,12 @@ class _Block:
 
     def finish(self) -> None:
         """Apply the epilogue while the rows are still in cache."""
+        if self.kernel.epilogue == Epilogue():
+            return
+        with alone() if self.kernel.nest.threads == "team" else nullcontext():
+            self._finish()
+
+    def _finish(self) -> None:
         kernel, epilogue = self.kernel, self.kernel.epilogue
         if replace(epilogue, norm=None) != Epilogue():
             residual = None if kernel.residual is None else Rows(kernel.residual, self.first)
@@ -277,7 +323,7 @@ class _Block:
 
     def _rows(self, s: MatMul) -> int:
         """Return the rows of a tile."""
-        return _divisor(min(self.height, self.kernel.nest.heights[0]), self._lines(s))
+        return _divisor(self.height, min(self.kernel.nest.heights[0], self._lines(s)))
 
     def _tile(self, s: MatMul) -> Tile:
         """Return the largest tile whose sums fit in registers."""

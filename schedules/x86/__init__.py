@@ -7,10 +7,12 @@ from dataclasses import fields
 
 from tvm import tirx
 
+from tvmstruct.ops import Op
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.embedding import EmbeddingSum
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.compute.recurrence import Recurrence
+from tvmstruct.schedules.compute.sequence import Member
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.x86 import (
     feed_forward,
@@ -19,6 +21,7 @@ from tvmstruct.schedules.x86 import (
     minimal_element,
     projected_attention,
     recurrence,
+    sequence,
     streamed_attention,
     wide_tile,
 )
@@ -63,6 +66,14 @@ class X86Kernels:
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""
         return chain(self.isa, program, epilogue, rows, macs, self.threads)
+
+    def joins(self, op: Op, precision: str, rows: int) -> bool:
+        """Return whether so few rows of a layer are computed in one kernel with its neighbours."""
+        return sequence.pays(self.isa, op, precision, rows, self.threads)
+
+    def sequence(self, members: Sequence[Member], inputs: Sequence[int], rows: int) -> Kernel:
+        """Return layers in a row as one kernel."""
+        return sequence.sequence(self.isa, members, inputs, rows, self.threads)
 
     def splits_feed_forward(self, sizes: tuple[int, int, int], rows: int) -> bool:
         """Return whether (k, hidden, n) in one kernel is legal and pays for so many rows."""

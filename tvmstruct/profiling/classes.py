@@ -16,6 +16,7 @@ from tvmstruct.layers import (
     HashTables,
     Layer,
     LayerNorm,
+    LayerSequence,
     Node,
     ProjectedAttention,
 )
@@ -29,6 +30,7 @@ FUSED: dict[type, str] = {
     Attention: "attention (fused)",
     ProjectedAttention: "attention + FC (fused)",
     FeedForward: "feed-forward (fused)",
+    LayerSequence: "layers (fused)",
     HashTables: GATHER,
     LayerNorm: NORM,
     Embedding: "embedding (fused)",
