@@ -30,7 +30,7 @@ def pays(isa: Isa, op: Op, precision: str, rows: int, threads: int) -> bool:
     if _block(rows, threads) > HEIGHTS[isa.name][0]:
         return False
     if isinstance(op, Dense):
-        return precision == "f32" and rows * op.macs <= DENSE_MACS
+        return precision == "f32" and rows == 1 and op.macs <= DENSE_MACS
     return precision in ("f32", "bf16", "bf16-weights") and rows * op.macs <= MACS
 
 

@@ -8,6 +8,7 @@ import pytest
 import tvmstruct
 from tests import models
 from tests.relax_modules import R, check_compiled, const, dense, module, nodes, transform
+from tvmstruct import families
 from tvmstruct.layers import Layer, LayerSequence
 from tvmstruct.passes.join_layers import MOST, JoinLayers
 from tvmstruct.passes.simplify_layout import SimplifyLayout
@@ -34,9 +35,8 @@ def stack(emit, x, count: int, n: int = N):
     return x
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6])
-def test_layers_in_a_row(rows):
-    mod = module(lambda emit, x: stack(emit, x, 3, 17), (rows, N))
+def test_layers_in_a_row():
+    mod = module(lambda emit, x: stack(emit, x, 3, 17), (1, N))
     (node,) = join(mod)
     assert isinstance(node, LayerSequence)
     assert node.reads == ((0,), (1,), (2,))
@@ -47,8 +47,23 @@ def test_layers_in_a_row(rows):
     assert sum(r.form == "dense" for r in report.layers) == 3
 
 
-def test_many_rows_stay_apart():
-    found = join(module(lambda emit, x: stack(emit, x, 3), (40, N)))
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_structured_layers_with_a_few_rows(rows):
+    op = families.lgp_shuffle(models.rng(1).normal(size=(3, 8, 8)))
+
+    def body(emit, x):
+        for _ in range(3):
+            x = emit(R.nn.relu(emit(R.matmul(x, const(op.to_dense())))))
+        return x
+
+    report = check_compiled(module(body, (rows, N))).report()
+    assert [(r.form, r.reason[:8]) for r in report.layers if r.form == "sequence"] == [
+        ("sequence", "3 layers")
+    ]
+
+
+def test_dense_layers_with_a_few_rows_stay_apart():
+    found = join(module(lambda emit, x: stack(emit, x, 3), (3, N)))
     assert [type(node) for node in found] == [Layer] * 3
 
 

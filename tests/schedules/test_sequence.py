@@ -120,8 +120,9 @@ def test_rows_that_fit_a_tile_are_joined(rows):
     assert kernels.joins(FAMILIES[0].member(), "f32", rows) == ROWS[rows]
 
 
-def test_large_layers_stay_apart():
+def test_of_dense_layers_only_small_ones_with_one_row():
     kernels = X86Kernels(ISAS[0], threads=2)
     assert kernels.joins(Dense(normal(256, 256)), "f32", 1)
     assert not kernels.joins(Dense(normal(512, 513)), "f32", 1)
+    assert not kernels.joins(Dense(normal(256, 256)), "f32", 2)
     assert not kernels.joins(Dense(normal(24, 24)), "int8", 1)
