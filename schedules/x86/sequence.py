@@ -21,7 +21,7 @@ from tvmstruct.targets import Isa
 MACS = 1 << 21  # of a layer: with more, the cost of a kernel of its own no longer counts
 OWN = 3  # rows of a thread: fewer multiply faster than a second-level cache yields weights
 WAKE_MACS = 120 << 10  # that one thread computes while a second one wakes
-PHASE_MACS = 16 << 10  # and while threads wait for each other
+PHASE_MACS = 8 << 10  # and while threads of a team wait for each other
 DENSE_MACS = 1 << 18  # its weights are packed once more, apart from those of other row counts
 
 
@@ -55,13 +55,18 @@ def sequence(
 def _nest(isa: Isa, rows: int, macs: int, stages: int, threads: int) -> RowNest:
     """Return how threads share the work: their own rows, parts of all stages, or not at all."""
     mode, height = "none", rows
-    saved = macs * max(2, rows) * (threads - 1) // threads  # one row waits for its weights
-    if threads > 1 and saved > WAKE_MACS and _block(rows, threads) < rows:
+    if _block(rows, threads) < rows and _pays(rows, macs, 0, threads):
         mode, height = "rows", rows // threads
-    elif threads > 1 and saved > WAKE_MACS + stages * PHASE_MACS:
+    elif _pays(rows, macs, stages, threads):
         mode = "team"
     heights = tuple(h for h in HEIGHTS[isa.name] if h <= height)
     return RowNest(heights, height, mode, isa.registers * 3 // 4, threads)
+
+
+def _pays(rows: int, macs: int, stages: int, threads: int) -> bool:
+    """Return whether threads that wait for each other after each stage are faster than one."""
+    saved = macs * max(2, rows) * (threads - 1) // threads  # one row waits for its weights
+    return saved > WAKE_MACS + stages * PHASE_MACS
 
 
 def _block(rows: int, threads: int) -> int:
