@@ -10,6 +10,7 @@ import pytest
 
 import tvmstruct
 from tvmstruct import cli, models, progress
+from tvmstruct.commands.shapes import complete, default_buckets
 from tvmstruct.errors import InputError, ModelError
 from tvmstruct.skip_analysis import SkipStatistics
 from tvmstruct.skipping import Skip
@@ -369,16 +370,16 @@ def test_a_model_too_large_for_onnx_is_an_error(tmp_path, call):
 
 
 def test_complete_fills_what_the_symbols_fix():
-    assert cli.complete({"input_ids": (8, 128)}, FakeModel.inputs) == TWO
+    assert complete({"input_ids": (8, 128)}, FakeModel.inputs) == TWO
     with pytest.raises(InputError, match="dimension length of input_ids is open"):
-        cli.complete({"scale": (8, 3)}, FakeModel.inputs)
+        complete({"scale": (8, 3)}, FakeModel.inputs)
     with pytest.raises(InputError, match="rank 2"):
-        cli.complete({"scale": (8,)}, FakeModel.inputs)
+        complete({"scale": (8,)}, FakeModel.inputs)
 
 
 def test_default_buckets_of_fixed_inputs_are_one():
     fixed = [SimpleNamespace(name="x", dtype="float32", shape=(4, 3))]
-    assert cli.default_buckets(fixed) == [{"x": (4, 3)}]
+    assert default_buckets(fixed) == [{"x": (4, 3)}]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ Solver = Callable[[Array, int], Factors]
 
 CG_STEPS = 40
 STALL = 1e-9  # relative gain of a sweep under which it has converged
+CLEAR = 1e-3  # of the largest singular value: far above the rounding of any stored dtype
 ROUNDING = 1e-7  # relative error that float32 storage explains
 LAPACK_SIDE = 24  # below this side an SVD is quicker than the Gram matrix and its refinement
 
@@ -112,6 +113,8 @@ def complete(
 
     Entries outside ``known`` are free.  Starts from the complete rows, which settles exact
     members at once, and goes on with alternating least squares, which never gets worse.
+    With ``sketch``, which serves who looks for exact members only, it ends where the complete
+    rows leave no choice: they span ``rank`` dimensions, so other factors are no nearer to exact.
     """
     if known.all():
         return solver(x, rank)
@@ -121,6 +124,8 @@ def complete(
     right = solver(start, rank)[1]
     left = _solve_rows(x, known, right)
     size, error = float(np.linalg.norm(x)), _residual(x, known, left, right)
+    if solver is sketch and complete_rows.any() and _spans(start, rank):
+        return left, right
     for _ in range(sweeps):
         if error <= ROUNDING * size:
             break
@@ -130,6 +135,14 @@ def complete(
         if before - error <= STALL * before:
             break
     return left, right
+
+
+def _spans(x: Array, rank: int) -> bool:
+    """Return whether the rows of every matrix clearly span ``rank`` dimensions."""
+    if x.shape[-2] < rank:
+        return False
+    values = np.linalg.svd(x @ x.swapaxes(-1, -2), compute_uv=False)  # squares of those of x
+    return bool(np.all(values[..., rank - 1] > CLEAR**2 * values[..., 0]))
 
 
 def _solve_rows(x: Array, known: Array, right: Array) -> Array:

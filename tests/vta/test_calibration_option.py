@@ -8,7 +8,7 @@ import typer
 
 from tvmstruct import models
 from tvmstruct.calibration_option import calibrated
-from tvmstruct.cli import _size
+from tvmstruct.commands.compile import size_of
 from tvmstruct.errors import InputError
 from tvmstruct.model_argument import ModelArgument, parse_model
 from tvmstruct.vta import container
@@ -72,4 +72,4 @@ def test_a_package_is_a_compiled_model_as_large_as_its_files(tmp_path):
     assert ModelArgument(str(path)).compiled
     assert not ModelArgument(str(tmp_path)).compiled
     names = ("manifest.json", "manifest.sha256")
-    assert _size(path) == 3 + sum((path / name).stat().st_size for name in names)
+    assert size_of(path) == 3 + sum((path / name).stat().st_size for name in names)

@@ -1,0 +1,1 @@
+"""Commands, one file each; ``tvmstruct.cli`` lists them. Heavy modules are imported when used."""
