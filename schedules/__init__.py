@@ -33,8 +33,8 @@ class Precision(Protocol):
         """Return the kernel: x, the tensors ``names`` of the weight, [bias], [residual], y."""
         ...
 
-    def tensors(self, w: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Return what the kernel reads of a (k, n) weight."""
+    def tensors(self, w: np.ndarray, scale: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Return what the kernel reads of a (k, n) weight, with the scales that it came with."""
         ...
 
 
