@@ -238,7 +238,7 @@ class EmitKernels:
         """Return the program of some gates' hidden products, None for blocks, and its weights."""
         (first, gates), op, groups = part, layer.op, layout.groups
         some = f"{layer.key}#gates{first}+{gates}"
-        width = self.kernels.unit_width
+        width = self.kernels.unit_width(layer.precision)
         if layer.precision != "f32":
             given = (op.w,) if layer.precision == "int8" else (op.w, self.scales[layer.names[0]])
             pack, names = BYTES[layer.precision]

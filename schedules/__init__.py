@@ -43,7 +43,6 @@ class Kernels(Protocol):
 
     lanes: int
     panel_width: int
-    unit_width: int  # vectors of units whose recurrent gates lie together
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return a dense layer on packed weights."""
@@ -110,6 +109,10 @@ class Kernels(Protocol):
 
     def hash_tables(self, tables: Tables, rows: int) -> Kernel:
         """Return codes, gathers and weighted sums of a LookupFFN layer."""
+        ...
+
+    def unit_width(self, precision: str) -> int:
+        """Return the vectors of units whose recurrent gates lie together in a hidden matrix."""
         ...
 
     def recurrence(self, r: Recurrence, programs: Sequence[Sequence[Program | None]]) -> Kernel:

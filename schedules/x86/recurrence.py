@@ -37,7 +37,7 @@ from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
 from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
-from tvmstruct.schedules.x86.recurrent_bytes import ByteProduct, RoundedProduct
+from tvmstruct.schedules.x86.recurrent_bytes import BYTE_WIDTH, ByteProduct, RoundedProduct
 from tvmstruct.schedules.x86.recurrent_product import (
     WIDTH,
     BlockProduct,
@@ -50,7 +50,7 @@ from tvmstruct.schedules.x86.rounding import fence
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
-__all__ = ["WIDTH", "recurrence"]
+__all__ = ["recurrence", "unit_width"]
 
 STEPS = 16  # of a sequence at least, where nothing else is known
 PHASE_MACS = 16 << 10  # of one row that take as long as threads wait for each other
@@ -93,6 +93,11 @@ def recurrence(
 
     key = (isa.name, r, keys, workers, apart)
     return make_kernel("recurrence", key, build, work=macs)
+
+
+def unit_width(precision: str) -> int:
+    """Return the vectors of units whose gates lie together in a dense hidden matrix."""
+    return WIDTH if precision == "f32" else BYTE_WIDTH
 
 
 def _macs(r: Recurrence, side: compute.Side, gates: int, program: Program | None) -> int:

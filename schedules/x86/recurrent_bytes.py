@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -24,6 +25,8 @@ from tvmstruct.schedules.x86.recurrent_product import BlockProduct, Tile, Update
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.rounding import Extremes, Rounding, fence, sum_lanes
 
+BYTE_WIDTH = 1  # vectors of units: what rows read again and again stays in the first-level cache
+
 
 @dataclass
 class ByteProduct(BlockProduct):
@@ -31,6 +34,7 @@ class ByteProduct(BlockProduct):
 
     start: tirx.Buffer
     scale: tirx.Buffer
+    width: ClassVar[int] = BYTE_WIDTH
 
     def __post_init__(self) -> None:
         size = 2 * self.shape.batch * self.shape.layout.size
@@ -92,6 +96,7 @@ class RoundedProduct(BlockProduct):
     shift: tirx.Buffer
     scale: tirx.Buffer
     counts: Callable[[Expr], Expr] | None = None
+    width: ClassVar[int] = BYTE_WIDTH
 
     def __post_init__(self) -> None:
         batch = self.shape.batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -100,6 +100,7 @@ class BlockProduct:
     shape: Shape
     gates: int
     w: tirx.Buffer
+    width: ClassVar[int] = WIDTH
 
     @property
     def buffers(self) -> list[tirx.Buffer]:
@@ -115,7 +116,7 @@ class BlockProduct:
     def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
-        blocks, each = layout.blocks(WIDTH), layout.each
+        blocks, each = layout.blocks(self.width), layout.each
         like = sum(block[1:] == blocks[0][1:] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
