@@ -34,6 +34,7 @@ from tvmstruct.schedules.compute.recurrence import (
 from tvmstruct.schedules.compute.team import team
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86 import intrinsics
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
 from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
@@ -43,6 +44,7 @@ from tvmstruct.schedules.x86.recurrent_product import (
     BlockProduct,
     Product,
     Shape,
+    Step,
     StructuredProduct,
     Sums,
 )
@@ -162,8 +164,10 @@ class _Kernel:
             size = side.cell.gates * layout.size
             words = argument(f"words{number}", (i64(-(-h // 4) * size),), "int32")
             start = argument(f"start{number}", (i64(size),), "int32")
-            shift = [argument(f"shift{number}", (i64(1),), "int32")] * side.rounded
-            return [[words, start, *shift, argument(f"scale{number}", (i64(size),))]]
+            held = [words, start]
+            if side.rounded:
+                held.append(argument(f"shift{number}", (i64(1),), "int32"))
+            return [[*held, argument(f"scale{number}", (i64(size),))]]
         found = []
         programs = self.programs[number]
         for (first, gates), program in zip(hidden_parts(side.cell), programs, strict=True):
@@ -272,10 +276,8 @@ class _Side:
         """Emit one step of all rows."""
         now, then = t % 2 * self.size, (t + 1) % 2 * self.size
         if not self.cell.split_reset:
-            product = self.products[0]
-            if isinstance(product, RoundedProduct) and self.kernel.lengths is not None:
-                product.counts = lambda row: t <= self._length(row)
-            product.emit(self.state, now, partial(self._update, t, now, then))
+            update = partial(self._update, t, now, then)
+            self.products[0].emit(self.state, now, update, self._known(t))
             return
         held, keep = self.reset
 
@@ -294,8 +296,23 @@ class _Side:
                 h = compute.gru_step(self.cell, _vectors(units), at, keep[place], inner)
                 self._store(at_row, row, units, then, h)
 
-        self.products[0].emit(self.state, now, gates)
-        self.products[1].emit(held, T.int64(0), candidate)
+        self.products[0].emit(self.state, now, gates, Step())
+        self.products[1].emit(held, T.int64(0), candidate, Step())
+
+    def _known(self, t: Expr) -> Step:
+        """Return what the product may know; rows of z lie too far apart to be foreseen."""
+        r, kernel = self.kernel.r, self.kernel
+        if r.sides[self.number].hidden == "f32":
+            return Step()
+
+        def fetch(row: Expr, unit: Expr) -> None:
+            number = kernel.steps if kernel.lengths is None else self._length(row)
+            at = (number - 1 - t if self.cell.reverse else t) * r.batch + row
+            for gate in range(self.cell.gates):
+                intrinsics.fetch(self.z[at, gate * r.h + unit], level=1)
+
+        counts = None if kernel.lengths is None else lambda row: t <= self._length(row)
+        return Step(counts, fetch if r.batch > 1 else None)
 
     def _update(self, t: Expr, now: Expr, then: Expr, row: Expr, units: Units, u: Sums) -> None:
         """Emit the new state of a vector of units of a row."""

@@ -21,7 +21,7 @@ from tvmstruct.schedules.compute.low_precision import LARGEST
 from tvmstruct.schedules.compute.recurrence import Units
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch, splat, spread
 from tvmstruct.schedules.x86.int8_dense import ROUNDER, byte_dot
-from tvmstruct.schedules.x86.recurrent_product import BlockProduct, Tile, Update
+from tvmstruct.schedules.x86.recurrent_product import BlockProduct, Step, Tile, Update
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.rounding import Extremes, Rounding, fence, sum_lanes
 
@@ -88,14 +88,13 @@ class RoundedProduct(BlockProduct):
     """A dense hidden matrix packed by `pack_integers`: ONNX's ``DynamicQuantizeLSTM``.
 
     Every step rounds the states of all rows, those that ended as zeros, with one scale and one
-    zero point; ``counts(row)`` says whether a row has not ended. Sums of products of bytes less
-    zero points are exact, and then scaled as ONNX Runtime does it.
+    zero point. Sums of products of bytes less zero points are exact, and then scaled as ONNX
+    Runtime does it.
     """
 
     sums: tirx.Buffer
     shift: tirx.Buffer
     scale: tirx.Buffer
-    counts: Callable[[Expr], Expr] | None = None
     width: ClassVar[int] = BYTE_WIDTH
 
     def __post_init__(self) -> None:
@@ -113,19 +112,19 @@ class RoundedProduct(BlockProduct):
         with loops(self.bytes.shape[0]) as (i,):
             T.buffer_store(self.bytes, T.uint8(0), [i])
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, update: Update, step: Step) -> None:
         """Round the rows of ``source`` from ``place`` on, and multiply them."""
         batch = self.shape.batch
-        self.rounding = Rounding.of(*self._extremes(source, place))
+        self.rounding = Rounding.of(*self._extremes(source, place, step))
         with self.shape.turns(max(batch, 2)) as turn:  # one turn would be no loop
             if batch > 1:
                 self._round(source, place, turn)
             else:
                 with T.If(turn == 0), T.Then():
                     self._round(source, place, T.int64(0))
-        super().emit(source, place, update)
+        super().emit(source, place, update, step)
 
-    def _extremes(self, source: tirx.Buffer, place: Expr) -> tuple[Expr, Expr]:
+    def _extremes(self, source: tirx.Buffer, place: Expr, step: Step) -> tuple[Expr, Expr]:
         """Return the range of the state; every thread of a team finds it for itself."""
         layout, batch = self.shape.layout, self.shape.batch
         lanes, found = layout.lanes, Extremes(layout.lanes)
@@ -142,10 +141,10 @@ class RoundedProduct(BlockProduct):
                 found.add(tail[ramp(0, lanes)])
 
         with loops(batch) as (row,):
-            if self.counts is None:
+            if step.counts is None:
                 look(row)
             else:
-                with T.If(self.counts(row)), T.Then():
+                with T.If(step.counts(row)), T.Then():
                     look(row)
         return found.pair()
 
