@@ -249,7 +249,7 @@ class _Side:
             self._exchange(buffer, place, result, load=False)
 
     def _exchange(self, buffer, place, states, *, load: bool) -> None:
-        """Copy the states of this side, clearing the padding."""
+        """Copy the states of this side; padding is cleared, and what rows without steps yield."""
         r, layout = self.kernel.r, self.layout
         if load and layout.padded > layout.each:
             with loops(self.size) as (i,):
@@ -259,8 +259,11 @@ class _Side:
             theirs = [self.number * r.batch + row, i * layout.groups + k]
             if load:
                 T.buffer_store(buffer, states[tuple(theirs)], [mine])
-            else:
+            elif self.kernel.lengths is None:
                 T.buffer_store(states, buffer[mine], theirs)
+            else:
+                some = self._length(row) > T.int64(0)
+                T.buffer_store(states, T.Select(some, buffer[mine], T.float32(0)), theirs)
 
     def _touch(self) -> None:
         """State what a step reads and writes."""
