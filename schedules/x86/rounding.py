@@ -91,7 +91,7 @@ class Rounding:
         low = T.Cast("float32", T.int32(0) - self.zero)
         high = T.Cast("float32", T.int32(LARGEST) - self.zero)
         v = value / spread(self.scale, lanes)
-        v = T.min(spread(high, lanes), T.max(spread(low, lanes), v))
+        v = T.min(T.max(v, spread(low, lanes)), spread(high, lanes))  # NaN: as low, as elsewhere
         return _integer(v + splat(ROUNDER, lanes), lanes)
 
     def bytes(self, steps: Expr, lanes: int) -> Expr:

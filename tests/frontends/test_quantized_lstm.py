@@ -1,6 +1,7 @@
 """DynamicQuantizeLSTM: what ONNX Runtime computes, in numpy and compiled."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tvmstruct
 from tests.models import make_model, rng, run_onnx, value
 from tvmstruct.errors import ModelError, UnsupportedOperatorError
 from tvmstruct.frontends.onnx_quantized_lstm import DOMAIN, NAME
+from tvmstruct.schedules.x86 import recurrence
 from tvmstruct.testing import tolerance
 
 STEPS, BATCH, N, H = 6, 3, 9, 7
@@ -143,6 +145,19 @@ def test_equals_onnx_runtime_bit_for_bit(layer):
     for a, b in zip(compiled.run(feeds).values(), run_onnx(model, feeds), strict=True):
         np.testing.assert_array_equal(a, b)
     assert {r.form for r in compiled.report().layers if r.params} == {"dense dynamic-int8"}
+
+
+@pytest.mark.isa("avx512vnni")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_that_share_a_step_round_alike(batch):
+    layer = Layer(batch=batch, h=43, dtype="uint8", zero=97)
+    model, _ = layer.model()
+    feeds = layer.feeds()
+    with mock.patch.object(recurrence, "PHASE_MACS", 0):
+        compiled = tvmstruct.compile(tvmstruct.from_onnx(model), threads=2)
+        got = compiled.run(feeds)
+    for a, b in zip(got.values(), run_onnx(model, feeds), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.isa("avx512vnni")
