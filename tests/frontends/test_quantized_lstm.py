@@ -5,7 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 import tvmstruct
 from tests.models import make_model, rng, run_onnx, value
@@ -192,6 +192,46 @@ def test_a_plan_replaces_integers_by_a_form():
     compiled = tvmstruct.compile(tvmstruct.from_onnx(model), plan=plan)
     forms = {r.name: r.form for r in compiled.report().layers}
     assert (forms["r"], forms["w"]) == ("low_rank", "dense dynamic-int8")
+
+
+@pytest.mark.isa("avx512vnni")
+def test_steps_are_not_padded():
+    """Padding would be part of the tensor whose range the scale is of."""
+    layer = Layer()
+    arrays = layer.arrays() | {"last": np.array([2], np.int64)}
+    names = ["masked", "w", "r", "b", "", "", "", "", "w_scale", "w_zero", "r_scale", "r_zero"]
+    nodes = [
+        helper.make_node("Transpose", ["attention_mask"], ["turned"], perm=[1, 0]),
+        helper.make_node("Cast", ["turned"], ["ones"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["ones", "last"], ["mask"]),
+        helper.make_node("Mul", ["x", "mask"], ["masked"]),
+        helper.make_node(NAME, names, ["y"], domain=DOMAIN, hidden_size=H, direction="forward"),
+        helper.make_node("Squeeze", ["y", "one"], ["out"]),
+    ]
+    inputs = [
+        value("x", ["steps", 2, N]),
+        value("attention_mask", [2, "steps"], TensorProto.INT64),
+    ]
+    outputs = [value("out", ["steps", 2, H])]
+    model = make_model(nodes, inputs, outputs, arrays | {"one": np.array([1], np.int64)})
+    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    compiled = tvmstruct.compile(tvmstruct.from_onnx(model))
+    feeds = {
+        "x": rng(2).normal(size=(9, 2, N)).astype(np.float32),
+        "attention_mask": np.ones((2, 9), np.int64),
+    }
+    np.testing.assert_array_equal(compiled.run(feeds)["out"], run_onnx(model, feeds)[0])
+    assert "steps: exact sizes (activations are rounded" in " ".join(compiled.padder.notes)
+
+
+@pytest.mark.isa("avx512vnni")
+def test_a_saved_model_keeps_its_integers(tmp_path):
+    layer = Layer(columns=True)
+    model, _ = layer.model()
+    tvmstruct.compile(tvmstruct.from_onnx(model)).save(tmp_path / "model.tvms")
+    got = tvmstruct.load(tmp_path / "model.tvms").run(layer.feeds())
+    for a, b in zip(got.values(), run_onnx(model, layer.feeds()), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def halved(arrays):
