@@ -150,7 +150,6 @@ class PackagedCase:
     file: str
     feeds: Mapping[str, tuple[tuple[int, ...], str]]  # shapes and dtypes of the inputs
     constants: Mapping[str, int] = field(default_factory=dict)
-    precision: str = "f32"  # of ours
     rows: int = 1
     highest: int = 30  # of ids
 
@@ -175,7 +174,7 @@ class PackagedCase:
 
             shapes = {key: shape for key, (shape, _) in self.feeds.items()}
             source = tvmstruct.from_onnx(path, constants=dict(self.constants), shapes=shapes)
-            model = tvmstruct.compile(source, buckets="exact", precision=self.precision)
+            model = tvmstruct.compile(source, buckets="exact")
             ordered = [arrays[spec.name] for spec in model.inputs]
             return lambda: model(*ordered)
         from contenders import onnxruntime_call

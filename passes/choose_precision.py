@@ -1,21 +1,28 @@
-"""Store the weights of layers and the tables of lookups in the precision that was asked for."""
+"""Store the weights of layers and the tables of lookups in the precision that was asked for.
+
+Dense weights that the source has as integers, to be met by rounded activations, stay what they
+are in every precision.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
+from tvmstruct.errors import TargetError
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.recurrent import Cell
 from tvmstruct.rewrite import Graph, Reject
 from tvmstruct.schedules import Kernels
-from tvmstruct.schedules.compute.low_precision import round_bf16, stored_error
+from tvmstruct.schedules.compute.low_precision import DYNAMIC, round_bf16, stored_error
 
 TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
+INEXACT = "f32: the target cannot multiply bytes; ONNX Runtime rounds activations here"
 PROBES = 64  # random rows for the error of a structured operator
 
 
@@ -31,21 +38,26 @@ class ChoosePrecision:
         kernels: Kernels,
         precision: str,
         errors: dict[str, float] | None = None,
+        scales: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.table, self.forms = table, forms
         self.errors = {} if errors is None else errors  # of lookup tables, by their names
         self.kernels, self.precision = kernels, precision
+        self.scales = scales or {}  # of weights that came as integers, by their names
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | Reject | None:
         """Return the layer in the precision, or why it stays in f32."""
-        if self.precision == "f32":
-            return None
-        if isinstance(node := self.table.node(call), HashTables) and node.precision == "f32":
-            return self._tables(call, node)
+        node = self.table.node(call)
         if isinstance(node, RecurrentCells):
             return self._hidden(call, node)
         layer = self.table.layer(call)
-        if layer is None:
+        if layer is not None and (made := self._integers(layer)) is not layer:
+            return self._replaced(call, made)
+        if self.precision == "f32":
+            return None
+        if isinstance(node, HashTables) and node.precision == "f32":
+            return self._tables(call, node)
+        if layer is None or layer.precision != "f32":
             return None
         form = self.forms[layer.key]
         if (why := self._obstacle(layer)) is not None:
@@ -55,17 +67,36 @@ class ChoosePrecision:
             return Reject(layer.names[0], why)
         if form.precision == "f32":
             self._store(layer, form)
+        return self._replaced(call, replace(layer, precision=self.precision))
+
+    def _replaced(self, call: relax.Call, layer: Layer) -> relax.Expr:
         shape = compat.static_shape(call)
         assert shape is not None
-        return self.table.call(replace(layer, precision=self.precision), arguments(call), shape)
+        return self.table.call(layer, arguments(call), shape)
+
+    def _integers(self, layer: Layer) -> Layer:
+        """Return a layer on the integers that the source has, itself where there are none."""
+        known = layer.names[0] in self.scales and isinstance(layer.op, ops.Dense)
+        if not known or layer.precision != "f32":
+            return layer
+        form = self.forms[layer.key]
+        try:
+            form.reason = self.kernels.precision(DYNAMIC).note
+        except TargetError:
+            form.reason = INEXACT
+            return layer
+        form.precision, form.bytes = DYNAMIC, self._bytes(layer.op, DYNAMIC)
+        return replace(layer, precision=DYNAMIC)
 
     def _hidden(self, call: relax.Call, node: RecurrentCells) -> relax.Expr | Reject | None:
         """Return a recurrent layer with its hidden matrices in int8, or why they stay in f32."""
         made, whys = [], []
-        for cell, layer in zip(node.cells, node.hidden, strict=True):
+        for cell, layer in zip(node.cells, map(self._integers, node.hidden), strict=True):
             form = self.forms[layer.key]
-            if layer.precision == "f32" and (why := self._state_obstacle(cell, layer)) is None:
-                form.precision, form.bytes = "int8", self._bytes(layer.op)
+            if self.precision == "f32":
+                pass
+            elif layer.precision == "f32" and (why := self._state_obstacle(cell, layer)) is None:
+                form.precision, form.bytes = "int8", self._bytes(layer.op, "int8")
                 form.error = math.hypot(form.error, stored_error(form.op.w, "int8"))
                 form.reason = "the state rounded to int8 in every step, exact int32 sums"
                 layer = replace(layer, precision="int8")
@@ -121,10 +152,10 @@ class ChoosePrecision:
             note = "weights in bf16, x and arithmetic in f32"
             form.reason = f"{form.reason}; {note}" if form.reason else note
         form.error = math.hypot(form.error, error)
-        form.bytes = self._bytes(layer.op)
+        form.bytes = self._bytes(layer.op, self.precision)
 
-    def _bytes(self, op: ops.Op) -> int:
-        if self.precision == "int8":
+    def _bytes(self, op: ops.Op, precision: str) -> int:
+        if precision in ("int8", DYNAMIC):
             return op.params + 8 * op.n_out
         return 4 * op.params - 2 * sum(w.size for w in _rounded_arrays(op))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, singledispatchmethod
 
@@ -31,11 +31,12 @@ from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
-from tvmstruct.schedules.compute.low_precision import pair_vectors
+from tvmstruct.schedules.compute.low_precision import DYNAMIC, pair_vectors
 from tvmstruct.schedules.compute.recurrence import (
     Layout,
     hidden_parts,
     pack_bytes,
+    pack_integers,
     pack_units,
 )
 from tvmstruct.schedules.registry import Kernel
@@ -45,6 +46,10 @@ from tvmstruct.weights import WeightStore
 Shapes = tuple[tuple[int, ...], ...]
 Dtypes = tuple[str, ...]
 Select = Callable[[Kernel, Shapes, Dtypes], Kernel]
+BYTES = {  # how hidden matrices are packed in a precision, and the tensors in order
+    "int8": (pack_bytes, ("words", "start", "scale")),
+    DYNAMIC: (pack_integers, ("words", "sums", "shift", "scale")),
+}
 
 
 def keep_default(kernel: Kernel, shapes: Shapes, dtypes: Dtypes) -> Kernel:
@@ -73,8 +78,10 @@ class EmitKernels:
         kernels: Kernels,
         store: WeightStore,
         select: Select = keep_default,
+        scales: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.table, self.kernels, self.store, self.select = table, kernels, store, select
+        self.scales = scales or {}  # of weights that came as integers, by their names
         self.used: dict[str, Kernel] = {}
         self.calls: list[KernelCall] = []
         self.tuned: dict[str, int] = {}  # layers with a tuned schedule, and for how many rows
@@ -189,7 +196,8 @@ class EmitKernels:
     def _low_precision(self, layer: Layer, precision: Precision) -> list[relax.Expr]:
         """Return the tensors of a weight in the layer's precision."""
         assert isinstance(layer.op, ops.Dense)
-        tensors = cache(lambda: precision.tensors(layer.op.w))
+        scale = self.scales[layer.names[0]] if layer.precision == DYNAMIC else None
+        tensors = cache(lambda: precision.tensors(layer.op.w, scale))
         key = f"{layer.key}#{layer.precision}"
         return [
             relax.const(self.store.tensor(f"{key}.{name}", lambda name=name: tensors()[name]))
@@ -250,19 +258,20 @@ class EmitKernels:
         """Return the program of some gates' hidden products, None for blocks, and its weights."""
         (first, gates), op, groups = part, layer.op, layout.groups
         some = f"{layer.key}#gates{first}+{gates}"
-        width = self.kernels.unit_width
-        if layer.precision == "int8":
-            made = cache(lambda: pack_bytes(op.w, gates, layout, width))
-            key = f"{some}#bytes{width}x{layout.lanes}"
-            names = ("words", "start", "scale")
+        width = self.kernels.unit_width(layer.precision)
+        if layer.precision != "f32":
+            given = (op.w,) if layer.precision == "int8" else (op.w, self.scales[layer.names[0]])
+            pack, names = BYTES[layer.precision]
+            made = cache(lambda: pack(*given, gates, layout, width))
+            key = f"{some}#{layer.precision}{width}x{layout.lanes}"
             return None, [self.store.tensor(f"{key}.{n}", lambda n=n: made()[n]) for n in names]
         if groups > 1 or isinstance(op, ops.Dense):
             w = np.asarray(next(op.arrays()), np.float32)
             apart = w.reshape(groups, layout.each, -1, layout.each)[:, :, first : first + gates]
             blocks = apart.reshape(groups, layout.each, -1)
             key = f"{some}#units{width}x{layout.lanes}"
-            pack = lambda: pack_units(blocks, gates, layout, width)  # noqa: E731
-            return None, [self.store.tensor(key, pack)]
+            blocked = lambda: pack_units(blocks, gates, layout, width)  # noqa: E731
+            return None, [self.store.tensor(key, blocked)]
         if part != (0, op.n_out // layout.each):
             stop = (first + gates) * layout.each
             op = ops.product(op, ops.Slice(op.n_out, stop, first * layout.each))

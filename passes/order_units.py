@@ -17,6 +17,7 @@ from tvmstruct import compat, ops
 from tvmstruct.layers import Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.passes.fuse_epilogue import producer
 from tvmstruct.rewrite import Graph
+from tvmstruct.schedules.compute.low_precision import DYNAMIC
 
 
 class OrderUnits:
@@ -37,7 +38,8 @@ class OrderUnits:
         for k, layer in enumerate(node.hidden):
             groups = _groups(layer.op, node.h)
             source, old = producer(graph, self.table, args[states + k])
-            if groups < 2 or not isinstance(source, Layer) or source.activation != "none":
+            known = isinstance(source, Layer) and source.precision != DYNAMIC  # scales keep order
+            if groups < 2 or not known or source.activation != "none":
                 orders.append(0)
                 continue
             shape = compat.static_shape(args[states + k])

@@ -35,8 +35,8 @@ class Precision(Protocol):
         """Return the kernel: x, the tensors ``names`` of the weight, [bias], [residual], y."""
         ...
 
-    def tensors(self, w: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Return what the kernel reads of a (k, n) weight."""
+    def tensors(self, w: np.ndarray, scale: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Return what the kernel reads of a (k, n) weight, with the scales that it came with."""
         ...
 
 
@@ -45,7 +45,6 @@ class Kernels(Protocol):
 
     lanes: int
     panel_width: int
-    unit_width: int  # vectors of units whose recurrent gates lie together
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return a dense layer on packed weights."""
@@ -120,6 +119,10 @@ class Kernels(Protocol):
 
     def hash_tables(self, tables: Tables, rows: int) -> Kernel:
         """Return codes, gathers and weighted sums of a LookupFFN layer."""
+        ...
+
+    def unit_width(self, precision: str) -> int:
+        """Return the vectors of units whose recurrent gates lie together in a hidden matrix."""
         ...
 
     def recurrence(self, r: Recurrence, programs: Sequence[Sequence[Program | None]]) -> Kernel:

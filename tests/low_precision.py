@@ -76,7 +76,13 @@ class Case:
     """One kernel with its arrays."""
 
     def __init__(
-        self, chosen: Precision, sizes: tuple[int, int], epilogue: Epilogue, rows: int, rng
+        self,
+        chosen: Precision,
+        sizes: tuple[int, int],
+        epilogue: Epilogue,
+        rows: int,
+        rng,
+        scale: np.ndarray | None = None,  # of integers that the weights are
     ) -> None:
         self.sizes, self.epilogue, self.rows = sizes, epilogue, rows
         n, k = sizes
@@ -85,7 +91,9 @@ class Case:
         self.w = (rng.normal(size=(k, n)) / np.sqrt(k)).astype(np.float32)
         self.bias = rng.normal(size=n).astype(np.float32)
         self.residual = rng.normal(size=(rows, n)).astype(np.float32)
-        self.tensors = list(chosen.tensors(self.w).values())
+        if scale is not None:
+            self.w = (rng.integers(-99, 156, (k, n)) * scale).astype(np.float32)
+        self.tensors = list(chosen.tensors(self.w, scale).values())
 
     def run(self, library: tvm.runtime.Module) -> np.ndarray:
         """Return what the kernel computes."""

@@ -54,6 +54,8 @@ class Padder:
         if any(None in (spec.shape or (None,)) for spec in model.outputs):
             return "an output's shape is not known from the input's"
         batch = all(d != symbol for s in model.inputs for d in s.shape[1:])
+        if model.compiler.source.scales and not batch:
+            return "activations are rounded with one scale for whole tensors, padding included"
         masked = any(symbol in s.shape[1:] for s in model.inputs if s.name in model.default_ones)
         return "" if batch or masked else "no attention mask has this dimension"
 

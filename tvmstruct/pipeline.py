@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct import compat
 from tvmstruct.footprint import Footprint, footprint
-from tvmstruct.frontends.source import STORED_ATTR, WEIGHTS_ATTR
+from tvmstruct.frontends.source import SCALES_ATTR, STORED_ATTR, WEIGHTS_ATTR
 from tvmstruct.layers import Form, LayerTable, TableForm
 from tvmstruct.passes.apply_plan import ApplyPlan
 from tvmstruct.passes.canonicalize_dense import CanonicalizeDense
@@ -72,6 +72,7 @@ class Session:
     forms: dict[str, Form] = field(default_factory=dict)
     tables: dict[str, TableForm] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # of tables in a lower precision
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # of weights given as integers
     lookups: dict[str, np.ndarray] = field(default_factory=dict)  # tables in our order of bits
     select: Select = keep_default
     precision: str = "f32"
@@ -100,6 +101,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     """Run every pass on a static module; weights leave it as parameters of ``main``."""
     names = {compat.address(t): str(n) for n, t in _attr(mod, WEIGHTS_ATTR).items()}
     stored = {str(n): str(d) for n, d in _attr(mod, STORED_ATTR).items()}
+    session.scales |= {str(n): t.numpy() for n, t in _attr(mod, SCALES_ATTR).items()}
     table, log = LayerTable(), Log()
     for rule in _find_layers(table, names, stored, session):
         mod = apply_rule(mod, rule, log)
@@ -113,7 +115,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
     if session.offload is not None:
         refused = {name: why for rule, name, why in log.rejected if rule == OffloadDense.name}
         layers = session.offload.records(layers, refused)
-    emit = EmitKernels(table, session.kernels, session.store, session.select)
+    emit = EmitKernels(table, session.kernels, session.store, session.select, session.scales)
     lift = LiftConstants(session.store)
     for rule in (emit, lift):
         mod = apply_rule(mod, rule, log)
@@ -141,7 +143,9 @@ def _find_layers(
     yield PlanEmbedding(table, session.tables, session.plan, names)
     yield ApplyPlan(table, session.forms, session.plan, session.tables)
     yield RecoverStructure(table, session.forms, stored)
-    yield ChoosePrecision(table, session.forms, session.kernels, session.precision, session.errors)
+    yield ChoosePrecision(
+        table, session.forms, session.kernels, session.precision, session.errors, session.scales
+    )
 
 
 def _fuse(table: LayerTable, names: Mapping[int, str], session: Session) -> Iterator[Rule]:

@@ -207,7 +207,7 @@ class Recurrent:
         """Return y (s, b, h), the last h (b, h) and c (b, h) of x (s, b, n_in).
 
         Row r takes its first ``lengths[r]`` steps; y is 0 after them, h and c are those of the
-        last one taken. c is None but for ``lstm``.
+        last one taken, zeros where there is none, as in ONNX Runtime. c is None but for ``lstm``.
         """
         steps, rows = x.shape[:2]
         z = self.input.apply(x)
@@ -223,6 +223,7 @@ class Recurrent:
             new_h, new_c = self.step(z[at, active], h[active], c[active])
             y[at, active] = h[active] = new_h
             c[active] = new_c
+        h[lengths < 1] = c[lengths < 1] = 0
         return y, h, c if self.cell.kind == "lstm" else None
 
     def step(self, z: Array, h: Array, c: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+DYNAMIC = "dynamic-int8"  # the precision of weights that come as integers, for rounded x
 LARGEST = 127  # of a symmetric int8; -128 is not used, so that negation is exact
 
 
@@ -25,6 +26,19 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     inverse = np.divide(1.0, scale, out=np.zeros(scale.shape), where=scale > 0)
     q = np.rint(w * inverse).clip(-LARGEST, LARGEST)
     return q.astype(np.int8), scale
+
+
+def recover_integers(w: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return q (k, n) int8 and a shift with ``w = (q + shift) * scale`` before w was rounded.
+
+    ``w`` are integers of 8 bits less their zero points, times the scale (n) of their column: 256
+    neighbours at most, which int8 holds once they are shifted.
+    """
+    whole = np.divide(w, scale, out=np.zeros(w.shape, np.float32), where=scale != 0)
+    q = np.rint(whole).astype(np.int32)
+    low, high = int(q.min(initial=0)), int(q.max(initial=0))
+    shift = 0 if low >= -128 and high <= 127 else high - 127
+    return (q - shift).astype(np.int8), shift
 
 
 def pack_words(w: np.ndarray, width: int, *, multiple: int = 1) -> np.ndarray:

@@ -15,7 +15,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
-from tvmstruct.schedules.compute.low_precision import quantize
+from tvmstruct.schedules import rational_math
+from tvmstruct.schedules.compute.low_precision import DYNAMIC, quantize, recover_integers
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
@@ -26,7 +27,8 @@ OFFSET = 128  # makes bytes of the state unsigned
 class Side:
     """One direction: its cell, and which vectors it has beside its matrices.
 
-    ``hidden`` is the precision of its hidden matrices. Where ``groups`` is g > 1 unit
+    ``hidden`` is the precision of its hidden matrices; in "dynamic-int8", the arithmetic of ONNX's
+    ``DynamicQuantizeLSTM``, rows that ended count as zeros. Where ``groups`` is g > 1 unit
     k * h / g + i of the kernel is unit i * g + k of its state arguments and results.
     """
 
@@ -35,6 +37,11 @@ class Side:
     peepholes: bool
     groups: int = 0
     hidden: str = "f32"
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the state is rounded to bytes with one scale for all rows of a step."""
+        return self.hidden == DYNAMIC
 
 
 @dataclass(frozen=True)
@@ -130,12 +137,31 @@ def pack_bytes(w: np.ndarray, gates: int, layout: Layout, width: int) -> dict[st
     The state's bytes are kept with 128 added, which ``start`` takes away.
     """
     q, scale = quantize(w)
-    four = np.pad(q, ((0, -len(q) % 4), (0, 0))).reshape(-1, 4, q.shape[1])
-    words = np.ascontiguousarray(four.swapaxes(1, 2)).view(np.int32)[..., 0]
+    words = _words(q)
     start = -OFFSET * q.sum(axis=0, dtype=np.int32)
     apart = {"start": start, "scale": scale.astype(np.float32)}
     padded = {k: layout.pad(v.reshape(gates, -1)).reshape(-1) for k, v in apart.items()}
     return {"words": pack_units(words[None], gates, layout, width), **padded}
+
+
+def pack_integers(
+    w: np.ndarray, scale: np.ndarray, gates: int, layout: Layout, width: int
+) -> dict[str, np.ndarray]:
+    """Return the integers of w (k, gates * h) in words, their sums (gates * h), shift and scales.
+
+    ``w = (q + shift) * scale``; the sums are those of q.
+    """
+    q, shift = recover_integers(w, scale)
+    apart = {"sums": q.sum(axis=0, dtype=np.int32), "scale": scale.astype(np.float32)}
+    padded = {k: layout.pad(v.reshape(gates, -1)).reshape(-1) for k, v in apart.items()}
+    words = pack_units(_words(q)[None], gates, layout, width)
+    return {"words": words, "shift": np.array([shift], np.int32), **padded}
+
+
+def _words(q: np.ndarray) -> np.ndarray:
+    """Return int8 (k, n) as words (ceil(k / 4), n) of four k each."""
+    four = np.pad(q, ((0, -len(q) % 4), (0, 0))).reshape(-1, 4, q.shape[1])
+    return np.ascontiguousarray(four.swapaxes(1, 2)).view(np.int32)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -155,10 +181,15 @@ class Units:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Expressions of one vector of units: ``lanes`` of them, kept in registers by ``keep``."""
+    """Expressions of one vector of units: ``lanes`` of them, kept in registers by ``keep``.
+
+    With ``fence``, which keeps a product from becoming half of an FMA, results are those of ONNX
+    Runtime bit for bit.
+    """
 
     lanes: int
     keep: Emit
+    fence: Emit | None = None
 
     def splat(self, value: float) -> Expr:
         """Return a vector of one number."""
@@ -168,7 +199,13 @@ class Vectors:
         """Return the activation of ``x``, which is cut to [-clip, clip] first; NaN passes."""
         if clip is not None:
             x = self.keep(T.min(self.splat(clip), T.max(self.splat(-clip), x)))
+        if self.fence is not None and activation.name in _RATIONAL:
+            return self.keep(_RATIONAL[activation.name](x, self.splat, self.keep))
         return self.keep(_ACTIVATIONS[activation.name](self, x, *activation.parameters))
+
+    def product(self, a: Expr, b: Expr) -> Expr:
+        """Return ``a * b``, which is then added to something."""
+        return a * b if self.fence is None else self.fence(a * b)
 
     def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
         """Return a where the condition holds, else b."""
@@ -211,6 +248,9 @@ _ACTIVATIONS: dict[str, Callable[..., Expr]] = {
 }
 
 
+_RATIONAL = {"sigmoid": rational_math.sigmoid, "tanh": rational_math.tanh}
+
+
 @dataclass(frozen=True)
 class Reads:
     """What a vector of units reads in a step beside the sums of its gates."""
@@ -228,16 +268,16 @@ def lstm_step(cell: Cell, v: Vectors, at: Reads, u: Sequence[Expr]) -> tuple[Exp
 
     def total(gate: int, hole: int | None = None, state: Expr | None = None) -> Expr:
         value = at.z(gate) + u[gate]
+        if at.peephole is not None and hole is not None:
+            value = value + v.product(at.peephole(hole), c if state is None else state)
         if at.bias is not None:
             value = value + at.bias(gate)
-        if at.peephole is not None and hole is not None:
-            value = value + at.peephole(hole) * (c if state is None else state)
         return v.keep(value)
 
     i = v.activate(act[0], total(0, 0), cell.clip)
     f = v.splat(1) - i if cell.coupled else v.activate(act[0], total(1, 1), cell.clip)
     g = v.activate(act[1], total(2), cell.clip)
-    new = v.keep(f * c + i * g)
+    new = v.keep(v.product(f, c) + v.product(i, g))
     o = v.activate(act[0], total(3, 2, new), cell.clip)
     return v.keep(o * v.activate(act[2], new)), new
 

@@ -53,7 +53,6 @@ class X86Kernels:
         self.least_memory, self.skip = least_memory, skip
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)
-        self.unit_width = recurrence.WIDTH
 
     def packed_dense(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return ``y = epilogue(x @ w)`` with w packed in panels of ``panel_width``."""
@@ -152,6 +151,10 @@ class X86Kernels:
     def hash_tables(self, tables: Tables, rows: int) -> Kernel:
         """Return codes, gathers and weighted sums of a LookupFFN layer."""
         return hash_tables.hash_tables(self.isa, tables, rows, self.threads)
+
+    def unit_width(self, precision: str) -> int:
+        """Return the vectors of units whose recurrent gates lie together in a hidden matrix."""
+        return recurrence.unit_width(precision)
 
     def recurrence(self, r: Recurrence, programs: Sequence[Sequence[Program | None]]) -> Kernel:
         """Return all steps of a recurrent layer, with the programs of structured matrices."""

@@ -96,9 +96,9 @@ def _tile_implementation(
     return prim_func(body)
 
 
-def fetch(element) -> None:
-    """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op."""
-    hints = (T.int32(value) for value in (0, 2, 1))  # to read, second level, data
+def fetch(element, level: int = 2) -> None:
+    """Emit a prefetch into a level of the cache; of an address that is not ours, a no-op."""
+    hints = (T.int32(value) for value in (0, 4 - level, 1))  # to read, how near, data
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *hints))
 
 

@@ -9,11 +9,19 @@ import numpy as np
 
 from tvmstruct.errors import TargetError
 from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.compute.low_precision import pack_words, pad_columns, quantize, round_bf16
+from tvmstruct.schedules.compute.low_precision import (
+    DYNAMIC,
+    pack_words,
+    pad_columns,
+    quantize,
+    recover_integers,
+    round_bf16,
+)
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.schedules.x86 import amx
 from tvmstruct.schedules.x86.amx import amx_bf16_dense, amx_int8_dense
 from tvmstruct.schedules.x86.bf16_dense import bf16_dense, bf16_weight_dense
+from tvmstruct.schedules.x86.dynamic_dense import dynamic_dense
 from tvmstruct.schedules.x86.int8_dense import OFFSET, int8_dense
 from tvmstruct.schedules.x86.word_dense import panel_width
 from tvmstruct.targets import Isa
@@ -22,6 +30,8 @@ BF16 = "avx512bf16"  # the features with the instructions
 AMX_BF16 = {BF16, "amx-tile", "amx-bf16"}
 AMX_INT8 = {"amx-tile", "amx-int8"}
 VNNI = {"avx512": "avx512vnni", "avx2": "avxvnni"}
+
+DYNAMIC_NOTE = "the source's integers, x rounded to bytes as in ONNX Runtime, exact int32 sums"
 
 Build = Callable[[Isa, int, int, Epilogue, int], Kernel]  # isa, n, k, epilogue, rows
 
@@ -35,21 +45,26 @@ class Precision:
     note: str
     names: tuple[str, ...]
     build: Build
-    pack: Callable[[np.ndarray, int], Mapping[str, np.ndarray]]
+    pack: Callable[..., Mapping[str, np.ndarray]]  # w, width, and scales where these are given
 
     def kernel(self, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
         """Return the kernel: x, the tensors of the weight in order, [bias], [residual], y."""
         return self.build(self.isa, n, k, epilogue, rows)
 
-    def tensors(self, w: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Return what the kernel reads of a (k, n) weight."""
-        return self.pack(w, panel_width(self.isa))
+    def tensors(self, w: np.ndarray, scale: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Return what the kernel reads of a (k, n) weight, with the scales that it came with."""
+        given = () if scale is None else (scale,)
+        return self.pack(w, panel_width(self.isa), *given)
 
 
 def precision(name: str, isa: Isa, features: frozenset[str]) -> Precision:
     """Return a precision on a CPU, or raise TargetError where the CPU cannot compute it."""
     if name == "int8":
         return _int8_precision(isa, features)
+    if name == DYNAMIC:
+        _check_bytes(name, isa, features)
+        names = ("words", "sums", "shift", "scale")
+        return Precision(name, isa, DYNAMIC_NOTE, names, dynamic_dense, _integers)
     if name == "bf16" and isa.name == "avx512":
         note = "x rounded to bf16, f32 sums"
         if AMX_BF16 <= features:
@@ -63,16 +78,31 @@ def precision(name: str, isa: Isa, features: frozenset[str]) -> Precision:
 
 
 def _int8_precision(isa: Isa, features: frozenset[str]) -> Precision:
-    vnni, note = VNNI.get(isa.name), "rows of x rounded to int8, exact int32 sums"
-    if vnni not in features:
-        raise TargetError(
-            f'precision="int8" needs {" or ".join(VNNI.values())}, which this target does not '
-            'have; "bf16" works on every target'
-        )
+    note = "rows of x rounded to int8, exact int32 sums"
+    _check_bytes("int8", isa, features)
     names = ("words", "start", "scale")
     if isa.name == "avx512" and AMX_INT8 <= features:
         return Precision("int8", isa, f"{note}, AMX", names, amx_int8_dense, _int8_tiles)
     return Precision("int8", isa, note, names, int8_dense, _int8)
+
+
+def _check_bytes(name: str, isa: Isa, features: frozenset[str]) -> None:
+    """Raise TargetError where the CPU cannot multiply bytes."""
+    if VNNI.get(isa.name) not in features:
+        raise TargetError(
+            f'precision="{name}" needs {" or ".join(VNNI.values())}, which this target does not '
+            'have; "bf16" works on every target'
+        )
+
+
+def _integers(w: np.ndarray, width: int, scale: np.ndarray) -> Mapping[str, np.ndarray]:
+    q, shift = recover_integers(w, scale)
+    return {
+        "words": pack_words(q, width),
+        "sums": pad_columns(q.sum(axis=0, dtype=np.int32), width),
+        "shift": np.array([shift], np.int32),
+        "scale": pad_columns(scale.astype(np.float32), width),
+    }
 
 
 def _bf16(w: np.ndarray, width: int, multiple: int = 1) -> Mapping[str, np.ndarray]:

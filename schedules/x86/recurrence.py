@@ -34,22 +34,25 @@ from tvmstruct.schedules.compute.recurrence import (
 from tvmstruct.schedules.compute.team import team
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86 import intrinsics
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
 from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
-from tvmstruct.schedules.x86.recurrent_bytes import ByteProduct
+from tvmstruct.schedules.x86.recurrent_bytes import BYTE_WIDTH, ByteProduct, RoundedProduct
 from tvmstruct.schedules.x86.recurrent_product import (
     WIDTH,
     BlockProduct,
     Product,
     Shape,
+    Step,
     StructuredProduct,
     Sums,
 )
+from tvmstruct.schedules.x86.rounding import fence
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
-__all__ = ["WIDTH", "recurrence"]
+__all__ = ["recurrence", "unit_width"]
 
 STEPS = 16  # of a sequence at least, where nothing else is known
 PHASE_MACS = 16 << 10  # of one row that take as long as threads wait for each other
@@ -92,6 +95,11 @@ def recurrence(
 
     key = (isa.name, r, keys, workers, apart)
     return make_kernel("recurrence", key, build, work=macs)
+
+
+def unit_width(precision: str) -> int:
+    """Return the vectors of units whose gates lie together in a dense hidden matrix."""
+    return WIDTH if precision == "f32" else BYTE_WIDTH
 
 
 def _macs(r: Recurrence, side: compute.Side, gates: int, program: Program | None) -> int:
@@ -152,11 +160,14 @@ class _Kernel:
     def _weights(self, number: int, layout: Layout) -> list[list[tirx.Buffer]]:
         """Declare the tensors of each hidden product of a side."""
         side, h = self.r.sides[number], self.r.h
-        if side.hidden == "int8":
+        if side.hidden != "f32":
             size = side.cell.gates * layout.size
             words = argument(f"words{number}", (i64(-(-h // 4) * size),), "int32")
             start = argument(f"start{number}", (i64(size),), "int32")
-            return [[words, start, argument(f"scale{number}", (i64(size),))]]
+            held = [words, start]
+            if side.rounded:
+                held.append(argument(f"shift{number}", (i64(1),), "int32"))
+            return [[*held, argument(f"scale{number}", (i64(size),))]]
         found = []
         programs = self.programs[number]
         for (first, gates), program in zip(hidden_parts(side.cell), programs, strict=True):
@@ -189,6 +200,11 @@ class _Side:
         """What a step does."""
         return self.kernel.r.sides[self.number].cell
 
+    @property
+    def rounded(self) -> bool:
+        """Whether the state is rounded as ONNX Runtime does it."""
+        return self.kernel.r.sides[self.number].rounded
+
     def allocate(self) -> None:
         """Allocate the state, the cell state, and what the reset gate makes of the state."""
         kernel, r = self.kernel, self.kernel.r
@@ -202,7 +218,9 @@ class _Side:
         for (_, gates), program, weights in zip(
             hidden_parts(self.cell), programs, self.weights, strict=True
         ):
-            if r.sides[self.number].hidden == "int8":
+            if self.rounded:
+                self.products.append(RoundedProduct(shape, gates, *weights))
+            elif r.sides[self.number].hidden == "int8":
                 self.products.append(ByteProduct(shape, gates, *weights))
             elif program is None:
                 self.products.append(BlockProduct(shape, gates, *weights))
@@ -231,7 +249,7 @@ class _Side:
             self._exchange(buffer, place, result, load=False)
 
     def _exchange(self, buffer, place, states, *, load: bool) -> None:
-        """Copy the states of this side, clearing the padding."""
+        """Copy the states of this side; padding is cleared, and what rows without steps yield."""
         r, layout = self.kernel.r, self.layout
         if load and layout.padded > layout.each:
             with loops(self.size) as (i,):
@@ -241,8 +259,11 @@ class _Side:
             theirs = [self.number * r.batch + row, i * layout.groups + k]
             if load:
                 T.buffer_store(buffer, states[tuple(theirs)], [mine])
-            else:
+            elif self.kernel.lengths is None:
                 T.buffer_store(states, buffer[mine], theirs)
+            else:
+                some = self._length(row) > T.int64(0)
+                T.buffer_store(states, T.Select(some, buffer[mine], T.float32(0)), theirs)
 
     def _touch(self) -> None:
         """State what a step reads and writes."""
@@ -258,7 +279,8 @@ class _Side:
         """Emit one step of all rows."""
         now, then = t % 2 * self.size, (t + 1) % 2 * self.size
         if not self.cell.split_reset:
-            self.products[0].emit(self.state, now, partial(self._update, t, now, then))
+            update = partial(self._update, t, now, then)
+            self.products[0].emit(self.state, now, update, self._known(t))
             return
         held, keep = self.reset
 
@@ -277,13 +299,29 @@ class _Side:
                 h = compute.gru_step(self.cell, _vectors(units), at, keep[place], inner)
                 self._store(at_row, row, units, then, h)
 
-        self.products[0].emit(self.state, now, gates)
-        self.products[1].emit(held, T.int64(0), candidate)
+        self.products[0].emit(self.state, now, gates, Step())
+        self.products[1].emit(held, T.int64(0), candidate, Step())
+
+    def _known(self, t: Expr) -> Step:
+        """Return what the product may know; rows of z lie too far apart to be foreseen."""
+        r, kernel = self.kernel.r, self.kernel
+        if r.sides[self.number].hidden == "f32":
+            return Step()
+
+        def fetch(row: Expr, unit: Expr) -> None:
+            number = kernel.steps if kernel.lengths is None else self._length(row)
+            at = (number - 1 - t if self.cell.reverse else t) * r.batch + row
+            for gate in range(self.cell.gates):
+                intrinsics.fetch(self.z[at, gate * r.h + unit], level=1)
+
+        counts = None if kernel.lengths is None else lambda row: t <= self._length(row)
+        return Step(counts, fetch if r.batch > 1 else None)
 
     def _update(self, t: Expr, now: Expr, then: Expr, row: Expr, units: Units, u: Sums) -> None:
         """Emit the new state of a vector of units of a row."""
         with self._active(t, row, units, now, then) as at_row:
-            at, cell, v = self._reads(at_row, row, units, now), self.cell, _vectors(units)
+            at, cell = self._reads(at_row, row, units, now), self.cell
+            v = _vectors(units, exact=self.rounded)
             if cell.kind == "lstm":
                 h, c = compute.lstm_step(cell, v, at, u)
                 T.buffer_store(self.memory, c, [self._place(row, units)])
@@ -311,7 +349,7 @@ class _Side:
         if kernel.lengths is None:
             yield (steps - 1 - t if self.cell.reverse else t) * batch + row
             return
-        bounded = T.min(steps, T.max(T.int64(0), T.Cast("int64", kernel.lengths[row])))
+        bounded = self._length(row)
         with T.If(t < bounded):
             with T.Then():
                 yield (bounded - 1 - t if self.cell.reverse else t) * batch + row
@@ -321,6 +359,12 @@ class _Side:
                     T.buffer_store(self.state, old, [self._place(row, units, then)])
                     self.products[0].keep(row, units, then, old)
                     self._store_y(t * batch + row, units, _vectors(units).splat(0))
+
+    def _length(self, row: Expr) -> Expr:
+        """Return how many steps a row takes."""
+        kernel = self.kernel
+        assert kernel.lengths is not None
+        return T.min(kernel.steps, T.max(T.int64(0), T.Cast("int64", kernel.lengths[row])))
 
     def _place(self, row: Expr, units: Units, start: Expr | int | None = 0):
         return ramp(start + row * self.layout.size + units.place, units.lanes)
@@ -370,9 +414,10 @@ class _Side:
             T.buffer_store(y, held[i], [at_row, first + i * units.stride])
 
 
-def _vectors(units: Units) -> Vectors:
+def _vectors(units: Units, *, exact: bool = False) -> Vectors:
     """Return how expressions of a vector of units are written."""
-    return Vectors(units.lanes, lambda value: _kept(value, units.lanes))
+    apart = partial(fence, lanes=units.lanes) if exact else None
+    return Vectors(units.lanes, lambda value: _kept(value, units.lanes), apart)
 
 
 def _kept(value: Expr, lanes: int) -> Expr:

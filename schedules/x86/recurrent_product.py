@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -30,6 +30,18 @@ Sums = Sequence[Expr]
 Update = Callable[[Expr, Units, Sums], None]  # row, units, a sum for each gate
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a product may know of a step beside the state, as far as it asks.
+
+    ``counts(row)`` says whether a row has not ended; ``fetch(row, unit)`` asks for what a vector
+    of units meets, before its sums are there.
+    """
+
+    counts: Callable[[Expr], Expr] | None = None
+    fetch: Callable[[Expr, Expr], None] | None = None
+
+
 class Product(Protocol):
     """``update`` of the sums of all gates of each vector of units of each row."""
 
@@ -46,7 +58,7 @@ class Product(Protocol):
         """Take note of new units of the state that begins at ``start``."""
         ...
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, update: Update, step: Step) -> None:
         """Multiply rows of ``source`` from ``place`` on."""
         ...
 
@@ -100,6 +112,7 @@ class BlockProduct:
     shape: Shape
     gates: int
     w: tirx.Buffer
+    width: ClassVar[int] = WIDTH
 
     @property
     def buffers(self) -> list[tirx.Buffer]:
@@ -112,10 +125,10 @@ class BlockProduct:
     def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
         """Keep nothing."""
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, update: Update, step: Step) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
-        blocks, each = layout.blocks(WIDTH), layout.each
+        blocks, each = layout.blocks(self.width), layout.each
         like = sum(block[1:] == blocks[0][1:] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
@@ -125,18 +138,25 @@ class BlockProduct:
                 _, lanes, vectors = blocks[0]
                 with T.If(number < like), T.Then():
                     block = _Block(group, number * (lanes * vectors), lanes, [lanes] * vectors)
-                    self._block(block, source, place, update)
+                    self._block(block, source, place, update, step)
             for last, (first, lanes, vectors) in enumerate(blocks[like:], like):
                 counts = [min(lanes, each - first - v * lanes) for v in range(vectors)]
                 with T.If(number == last), T.Then():
-                    self._block(_Block(group, i64(first), lanes, counts), source, place, update)
+                    block = _Block(group, i64(first), lanes, counts)
+                    self._block(block, source, place, update, step)
 
-    def _block(self, block: _Block, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def _block(
+        self, block: _Block, source: tirx.Buffer, place: Expr, update: Update, step: Step
+    ) -> None:
         """Emit a block, tile after tile of rows."""
         vectors, lanes = len(block.counts), block.lanes
         for top, height, tiles in self._tiles(self.gates * vectors):
             with loops(tiles) as (tile,):
                 row = top + tile * height
+                if step.fetch is not None:
+                    for line in range(height):
+                        for v in range(vectors):
+                            step.fetch(row + line, block.first + v * lanes)
                 sums = self._sums(Tile(block, height), source, place, row)
                 for line in range(height):
                     for v, count in enumerate(block.counts):
@@ -239,7 +259,7 @@ class StructuredProduct:
         with loops(self.sums.buffer.shape[0]) as (i,):
             T.buffer_store(self.sums.buffer, T.float32(0), [i])
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, update: Update, step: Step) -> None:
         """Multiply rows of ``source`` from ``place`` on."""
         shape, layout = self.shape, self.shape.layout
         for start, product in self.products:

@@ -22,7 +22,7 @@ def assert_same(model, compiled, feeds, inner=20):
 @pytest.mark.parametrize(
     "node",
     [
-        Node("LSTM", "bidirectional", states=True, peepholes=True, lengths=[2, 5, 1], clip=0.6),
+        Node("LSTM", "bidirectional", states=True, peepholes=True, lengths=[2, 5, 0], clip=0.6),
         Node("GRU", "reverse", states=True, bias=False, outputs=("y", "")),
         Node("GRU", reset_after=True, n=17, h=19, outputs=("", "yh")),
         Node("RNN", "bidirectional", activations=["Relu", "Softsign"], batch=1),

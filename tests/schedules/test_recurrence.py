@@ -123,7 +123,9 @@ def weights(isa: Isa, layer: Recurrent) -> list[np.ndarray]:
     packed, layout = list[np.ndarray](), Layout(1, layer.h, isa.lanes)
     for op, gates in products(layer):
         if isinstance(op, ops.Dense):
-            packed.append(pack_units(op.w[None].astype(np.float32), gates, layout, kernels.WIDTH))
+            packed.append(
+                pack_units(op.w[None].astype(np.float32), gates, layout, kernels.unit_width("f32"))
+            )
         else:
             packed += lower(op, isa.lanes).weights
     vectors = (v for v in (layer.hidden_bias, layer.peepholes) if v is not None)

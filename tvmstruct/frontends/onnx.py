@@ -79,6 +79,7 @@ def source_from_graph(graph: Graph, limits: Mapping[str, int] | None = None) -> 
         length_inputs=find_length_inputs(graph, probed),
         find_limits=lambda: dict(limits) if limits else find_limits(graph, tokens),
         stored_dtypes=graph.stored_dtypes,
+        scales=graph.scales,
         name=graph.name,
     )
 

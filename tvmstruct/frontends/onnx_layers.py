@@ -12,7 +12,7 @@ from tvm import relax
 
 from tvmstruct import compat
 from tvmstruct.frontends.branches import reads, walk, with_branches
-from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, own_node, read_layer
+from tvmstruct.frontends.onnx_recurrent import KINDS, Layer, column_scales, own_node, read_layer
 from tvmstruct.frontends.recurrent import emit_recurrent
 from tvmstruct.frontends.source import new_tensor, tensor_view
 from tvmstruct.frontends.validate import SMALL, Graph
@@ -20,6 +20,7 @@ from tvmstruct.ops import Array, Dense
 from tvmstruct.recurrent import Recurrent
 
 R = relax.op
+MATRICES = ("input.weight", "hidden.weight")
 
 
 def take_layers(graph: Graph) -> Graph:
@@ -39,6 +40,7 @@ def take_layers(graph: Graph) -> Graph:
         tensors=kept | taker.tensors,
         stored_dtypes=stored | taker.stored,
         layers=taker.layers,
+        scales=taker.scales,
     )
 
 
@@ -52,6 +54,7 @@ class _Taker:
         self.layers: dict[str, Layer] = {}
         self.tensors: dict[str, tvm.runtime.Tensor] = {}
         self.stored: dict[str, str] = {}
+        self.scales: dict[str, np.ndarray] = {}
         self.arrays: dict[tuple[object, ...], tuple[str, Array]] = {}
 
     def changed(self, nodes: Iterable[NodeProto]) -> list[NodeProto]:
@@ -59,7 +62,8 @@ class _Taker:
         result = []
         for node in nodes:
             if node.op_type in KINDS:
-                self.layers[node.name] = self._shared(read_layer(node, self._array))
+                rounded = node.input[1] in self.graph.scales
+                self.layers[node.name] = self._shared(read_layer(node, self._array), rounded)
             elif node.op_type == "If":
                 node = with_branches(node, self.changed)
             result.append(_computed(node))
@@ -70,32 +74,41 @@ class _Taker:
             return tensor_view(self.graph.tensors[name])
         return self.graph.constants.get(name)
 
-    def _shared(self, layer: Layer) -> Layer:
+    def _shared(self, layer: Layer, rounded: bool) -> Layer:
         """Return the layer on arrays that the tensors hold."""
-        sides = [self._side(*s) for s in zip(layer.directions, layer.names, strict=True)]
+        sides = [
+            self._side(i, _added_last(side) if rounded else side, names)
+            for i, (side, names) in enumerate(zip(layer.directions, layer.names, strict=True))
+        ]
         directions, names = zip(*sides, strict=True)
-        return Layer(directions, names, layer.batch_first)
+        return Layer(directions, names, layer.batch_first, rounded)
 
     def _side(
-        self, side: Recurrent, names: Mapping[str, str]
+        self, number: int, side: Recurrent, names: Mapping[str, str]
     ) -> tuple[Recurrent, Mapping[str, str]]:
         found: dict[str, str] = {}
 
         def take(part: str, array: Array) -> Array:
             cell = side.cell.kind, side.cell.split_reset
-            found[part], held = self._take(names[part], part, cell, array)
+            source = _source(names[part])
+            scales = self.graph.scales.get(source) if part in MATRICES else None
+            found[part], held = self._take(names[part], part, cell, array, scales is not None)
+            if scales is not None:
+                self.scales[found[part]] = column_scales(scales[number], side.cell.kind, side.h)
             return held
 
         return _with_arrays(side, take), found
 
-    def _take(self, name: str, part: str, cell: object, array: Array) -> tuple[str, Array]:
-        """Return name and array of the tensor of one part of a layer."""
+    def _take(
+        self, name: str, part: str, cell: object, array: Array, always: bool
+    ) -> tuple[str, Array]:
+        """Return name and array of the tensor of one part of a layer, small ones if ``always``."""
         key = (name, part, cell)
         if key not in self.arrays:
             own = name
             while own in self.tensors or own in self.others:
                 own += ".gates"
-            if array.size > SMALL:
+            if always or array.size > SMALL:
                 self.tensors[own] = new_tensor(array)
                 array = tensor_view(self.tensors[own])
                 if (stored := self._stored(name)) != "float32":
@@ -104,13 +117,22 @@ class _Taker:
         return self.arrays[key]
 
     def _stored(self, name: str) -> str:
-        source = name.removesuffix(".forward").removesuffix(".reverse").removesuffix(".hidden")
-        for candidate in (name, source):
+        for candidate in (name, _source(name)):
             if candidate in self.graph.stored_dtypes:
                 return self.graph.stored_dtypes[candidate]
             if (array := self._array(candidate)) is not None:
                 return array.dtype.name
         return "float32"
+
+
+def _source(name: str) -> str:
+    """Return the name in the source of a direction's part."""
+    return name.removesuffix(".forward").removesuffix(".reverse").removesuffix(".hidden")
+
+
+def _added_last(side: Recurrent) -> Recurrent:
+    """Return a direction whose bias meets the sum of both products, not that with the input."""
+    return replace(side, bias=None, hidden_bias=side.bias)
 
 
 def _computed(node: NodeProto) -> NodeProto:
@@ -173,11 +195,20 @@ def emit_layer(
         lengths = bb.emit(R.astype(lengths, "int32"))
         bounds = relax.const(0, "int32"), relax.const(steps, "int32")
         lengths = bb.emit(R.minimum(bb.emit(R.maximum(lengths, bounds[0])), bounds[1]))
+        if layer.rounded:
+            x = _until(bb, x, steps, lengths)
     y, *last = emit_recurrent(bb, x, layer.directions, h, c, lengths, constant)
     d, size = len(layer.directions), layer.directions[0].h
     y = bb.emit(R.reshape(y, (steps, batch, d, size)))
     y = bb.emit(R.permute_dims(y, (1, 0, 2, 3) if swap else (0, 2, 1, 3)))
     return relax.Tuple([back(y), *(back(turned(s)) for s in last if s is not None)])
+
+
+def _until(bb: relax.BlockBuilder, x: relax.Expr, steps: int, lengths: relax.Expr) -> relax.Expr:
+    """Return x (s, b, n) with zeros after the longest row's end, which no range sees then."""
+    number = relax.const(np.arange(steps, dtype=np.int32).reshape(-1, 1, 1))
+    inside = bb.emit(R.less(number, bb.emit(R.max(lengths))))
+    return bb.emit(R.where(inside, x, relax.const(0, "float32")))
 
 
 __all__ = ["emit_layer", "take_layers"]

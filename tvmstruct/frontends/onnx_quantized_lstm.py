@@ -1,9 +1,13 @@
 """ONNX Runtime's ``DynamicQuantizeLSTM`` as an LSTM with the weights that its integers stand for.
 
 The contrib operator keeps W (d, n, 4 h) and R (d, h, 4 h) as 8-bit integers with a scale and a
-zero point for each direction, or for each of its columns. ONNX Runtime also quantises x once for
-each call and h once for each step; here both stay in float32, so that results lie closer to those
-of the model before it was quantised and differ from ONNX Runtime's by its rounding.
+zero point for each direction, or for each of its columns, and rounds x once for each call and h
+once for each step to bytes: ``round(v / s) + z`` of one scale and one zero point for all rows.
+The weights become float32, which plans may replace, and keep their scales, from which those that
+stay dense are integers again (`choose_precision`): then all sums are exact.
+
+ONNX Runtime deals the rows of a batch out to its threads and rounds each share by itself. Here
+all rows of a step are rounded together, as with one thread there.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ def is_quantized(node: NodeProto) -> bool:
 
 def dequantize_layers(
     nodes: Sequence[NodeProto], arrays: Mapping[str, np.ndarray]
-) -> tuple[tuple[NodeProto, ...], dict[str, np.ndarray], dict[str, str]]:
-    """Return the nodes as LSTMs, the arrays with their weights, the dtypes these were stored in.
+) -> tuple[tuple[NodeProto, ...], dict[str, np.ndarray], dict[str, str], dict[str, np.ndarray]]:
+    """Return the nodes as LSTMs, the arrays with their weights, what is known of these.
 
-    A weight keeps the name of its integers where nothing else needs these.
+    That is the dtypes that they were stored in and their scales, (d,) or (d, 4 h). A weight keeps
+    the name of its integers where nothing else needs these.
     """
     taken = {i for n in walk(nodes) if n.op_type not in (NAME, "If") for i in n.input}
     weights = _Weights(arrays, taken)
@@ -45,7 +50,7 @@ def dequantize_layers(
             for n in some
         ]
 
-    return tuple(change(nodes)), {**arrays, **weights.made}, weights.stored
+    return tuple(change(nodes)), {**arrays, **weights.made}, weights.stored, weights.scales
 
 
 class _Weights:
@@ -56,6 +61,7 @@ class _Weights:
         self.names: dict[tuple[str, str, str], str] = {}
         self.made: dict[str, np.ndarray] = {}
         self.stored: dict[str, str] = {}
+        self.scales: dict[str, np.ndarray] = {}
 
     def lstm(self, node: NodeProto) -> NodeProto:
         """Return a ``DynamicQuantizeLSTM`` as an LSTM."""
@@ -83,6 +89,7 @@ class _Weights:
             self.names[key] = own
             self.made[own] = _dequantized(node, name, *(self.arrays[part] for part in key))
             self.stored[own] = self.arrays[name].dtype.name
+            self.scales[own] = self.arrays[scale].astype(np.float32)
         return self.names[key]
 
 

@@ -34,12 +34,14 @@ class Layer:
     """What a node computes: its directions, and the tensor that each part of them came from.
 
     ``names`` maps "input.weight", "input.bias", "hidden.weight", "hidden.bias" and "peepholes" of
-    each direction to a name; ``batch_first`` is ONNX's layout 1.
+    each direction to a name; ``batch_first`` is ONNX's layout 1. ``rounded`` means that x and h
+    are rounded to bytes before they meet the matrices.
     """
 
     directions: tuple[Recurrent, ...]
     names: tuple[Mapping[str, str], ...]
     batch_first: bool
+    rounded: bool = False
 
     @property
     def lstm(self) -> bool:
@@ -174,6 +176,13 @@ def _columns(matrix: Array, order: tuple[int, ...]) -> Array:
     """Return rows (gates h, n) of ONNX's gates as columns (n, gates h) of ours."""
     gates = matrix.reshape(len(order), -1, matrix.shape[1])[list(order)]
     return np.ascontiguousarray(gates.reshape(-1, matrix.shape[1]).T, np.float32)
+
+
+def column_scales(scale: Array, kind: str, h: int) -> Array:
+    """Return the scale () or scales (gates h,) of ONNX's gates for each column of ours."""
+    order = ORDER[kind]
+    each = np.broadcast_to(scale.reshape(-1), (len(order) * h,)).reshape(len(order), h)
+    return np.ascontiguousarray(each[list(order)].reshape(-1), np.float32)
 
 
 def _names(inputs: Mapping[str, str], suffix: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from tvm import relax
 from tvm.relax import dpl
 
 from tvmstruct.errors import ModelError
-from tvmstruct.frontends.source import WEIGHTS_ATTR, Dim, Shape, Source, TensorSpec
+from tvmstruct.frontends.source import SCALES_ATTR, WEIGHTS_ATTR, Dim, Shape, Source, TensorSpec
 from tvmstruct.frontends.validate import SMALL
 
 PASSES = frozenset(
@@ -22,6 +22,7 @@ def from_relax(mod: tvm.IRModule) -> Source:
     """Return the ``Source`` of a Relax module: one bucket, at the shapes of its ``main``."""
     main = _main_function(mod)
     tensors = dict(mod.attrs[WEIGHTS_ATTR]) if _has_names(mod) else name_constants(main)
+    scaled = mod.attrs is not None and SCALES_ATTR in mod.attrs
     inputs = tuple(_spec(p.name, p.ty) for p in main.params)
     for spec in inputs:
         if not all(isinstance(d, int) for d in spec.shape):
@@ -37,6 +38,7 @@ def from_relax(mod: tvm.IRModule) -> Source:
         build=lambda shapes: safe,
         token_inputs=tokens,
         name="main",
+        scales={str(n): t.numpy() for n, t in mod.attrs[SCALES_ATTR].items()} if scaled else {},
     )
 
 

@@ -14,6 +14,7 @@ from tvmstruct.errors import InputError, ModelError
 
 WEIGHTS_ATTR = "tvmstruct.weights"
 STORED_ATTR = "tvmstruct.stored_dtypes"
+SCALES_ATTR = "tvmstruct.scales"
 
 MASK_NAMES = frozenset({"attention_mask", "input_mask", "attn_mask", "mask"})
 SEGMENT_NAMES = frozenset({"token_type_ids", "segment_ids"})
@@ -37,7 +38,9 @@ class Source:
     """A model whose input dimensions may be symbols; ``at`` folds it at fixed shapes.
 
     ``token_inputs`` are the inputs that look up rows, with their number; ``length_inputs`` those
-    that say how many steps of each row count, with the dimension that bounds them.
+    that say how many steps of each row count, with the dimension that bounds them. ``scales`` are
+    those of weights that the model multiplies as integers by rounded activations, one for each
+    column.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -50,6 +53,7 @@ class Source:
     name: str = "model"
     tables: Mapping[str, TensorTable] = field(default_factory=dict)
     length_inputs: Mapping[str, Dim] = field(default_factory=dict)
+    scales: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def dims(self) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -120,7 +124,8 @@ class Source:
             shapes = self._fixed_shapes()
         self.bind(shapes)
         fixed = {s.name: tuple(int(d) for d in shapes[s.name]) for s in self.inputs}
-        return with_weights(self.build(fixed), self.tensors, self.stored_dtypes)
+        mod = with_weights(self.build(fixed), self.tensors, self.stored_dtypes)
+        return mod.with_attr(SCALES_ATTR, {n: new_tensor(a) for n, a in self.scales.items()})
 
     def _fixed_shapes(self) -> dict[str, Shape]:
         if self.dims:

@@ -49,6 +49,7 @@ class Graph:
     stored_dtypes: dict[str, str]
     name: str
     layers: dict[str, Layer] = field(default_factory=dict)  # by name of their node
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # of weights that were integers
 
 
 def read_model(model: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | None]:
@@ -89,7 +90,7 @@ def check_model(model: ModelProto, folder: Path | None) -> Graph:
     inputs = tuple(_input_specs(graph, arrays))
     outputs = tuple(_output_spec(v) for v in graph.output)
     nodes = own_nodes(n for n in graph.node if n.op_type != "Constant")
-    nodes, arrays, stored = dequantize_layers(nodes, arrays)
+    nodes, arrays, stored, scales = dequantize_layers(nodes, arrays)
     _check_structure(nodes, inputs, outputs, arrays, opset)
     weights = {k: a for k, a in arrays.items() if _is_weight(a)}
     return Graph(
@@ -101,6 +102,7 @@ def check_model(model: ModelProto, folder: Path | None) -> Graph:
         opset=opset,
         stored_dtypes={k: d for k, d in stored.items() if k in weights},
         name=graph.name or "model",
+        scales=scales,
     )
 
 

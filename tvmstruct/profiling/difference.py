@@ -111,7 +111,7 @@ def _compare(session: Session, call: KernelCall, variants: Sequence[_Variant]) -
 
 def _kernel(session: Session, call: KernelCall, node: Node) -> Kernel:
     """Return the default kernel of a node; of its arguments it asks for nothing but a name."""
-    emit = EmitKernels(LayerTable(), session.kernels, session.store)
+    emit = EmitKernels(LayerTable(), session.kernels, session.store, scales=session.scales)
     shape = call.shapes[-1]
     any_tensor = compat.tensor_type(shape, "float32")
     arguments = [relax.Var(f"a{i}", any_tensor) for i in range(MOST_ARGUMENTS)]
