@@ -6,8 +6,7 @@ it lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which 
 second-level cache with the sums of the chunk, before it goes on to the next tables. Those are
 read ahead meanwhile, in order and a few lines for each token: as random rows they would come
 from memory several times slower. A token's sums live in registers, so they are loaded and stored
-once for `TOGETHER` rows gathered. A chunk of few tokens is the same loop, bound by the latency
-of memory: the gathers are independent of each other, and rows are prefetched.
+once for `TOGETHER` rows gathered. Few tokens take `TokenByToken` instead.
 """
 
 from __future__ import annotations
@@ -19,27 +18,26 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.lookup import flipped
 from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.hash_tables import ITEM, Tables
 from tvmstruct.schedules.compute.layer_norm import RowNorm
-from tvmstruct.schedules.compute.product_tile import widen
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
+from tvmstruct.schedules.x86.hash_codes import LINE, Hasher, TableRows, prefetch
+from tvmstruct.schedules.x86.hash_tokens import TokenByToken
 from tvmstruct.targets import Isa
 
 GROUP = 16  # tables whose codes lie together
 TOGETHER = 8  # tables that pass while a token's sums stay in registers
 CHUNK = 4096  # tokens whose codes are computed at a time
 AHEAD = 2  # tokens whose rows are prefetched
-LINE = 64  # bytes of a cache line
 MANY = 512  # tokens over which reading the next tables ahead is spread
-TO_L2 = tuple(T.int32(value) for value in (0, 2, 1))
-TO_L1 = tuple(T.int32(value) for value in (0, 3, 1))  # to read, first level, data
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
 MOST_ENTRIES = 512  # of a table, each a few instructions of code
+FEW = 128  # tokens up to which each is read by itself: hardly a row is read twice
+NEAR_BYTES = 384 << 10  # of a token's rows, which with the next one's stay in second-level cache
 
 
 def legal(t: Tables) -> bool:
@@ -54,9 +52,11 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
 
     def nest(rows: int, pick: Pick) -> _Nest:
         options = [c for c in (512, 1024, 2048, 4096, 8192) if c < 2 * rows] or [least]
+        few = int(rows <= FEW and work * ITEM[t.dtype] <= NEAR_BYTES)
+        by_token = bool(pick("by_token", (0, 1) if rows <= MANY else (0,), few))
         chunk = pick("chunk", options, least)
         shared = threads if rows * work * 4 > SERIAL_BYTES else 1
-        return _Nest(chunk, shared)
+        return _Nest(chunk, shared, by_token)
 
     key = (isa.name, t, nest(rows, pick_default))
     space = Space(t.words, lambda rows, pick: _build(isa, t, nest(rows, pick)))
@@ -67,10 +67,11 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
 
 @dataclass(frozen=True)
 class _Nest:
-    """How tokens are cut, and how many threads share a chunk."""
+    """How tokens are cut, how many threads share a chunk, whether tokens are read one by one."""
 
     chunk: int
     threads: int
+    by_token: bool = False
 
 
 def _chunk(rows: int) -> int:
@@ -124,6 +125,10 @@ class _Body:
                 norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
 
     @property
+    def _rows(self) -> TableRows:
+        return TableRows(self.t, self.buffers["tables"], self.isa.lanes)
+
+    @property
     def _kind(self):
         return T.parallel if self.nest.threads > 1 else None
 
@@ -151,57 +156,15 @@ class _Body:
 
     def _hash_vector(self, first: Expr, token: Expr, group: _Group, start: int, lanes: int) -> None:
         """Hash ``lanes`` tables of a group."""
-        t = self.t
-        table = group.table + start
-        codes, totals, product = (_Held(lanes, d) for d in ("int32", "float32", "float32"))
-        sizes = [_Held(lanes) for _ in range(t.tau)]
-        decays = [_Held(lanes) for _ in range(t.tau)]
-        for j in range(t.tau):
-            z = _Held(lanes)
-            z.keep(self.buffers["z"][first + token, _strided(table * t.tau + j, t.tau, lanes)])
-            sizes[j].keep(_absolute(z.value, lanes))
-            decays[j].keep(T.exp(sizes[j].value * spread(T.float32(-2), lanes)))
-            one = spread(T.float32(1), lanes)
-            bit = T.Select(
-                z.value > spread(T.float32(0), lanes),
-                _int(1 << (t.tau - 1 - j), lanes),
-                _int(0, lanes),
-            )
-            codes.keep(bit if j == 0 else codes.value | bit)
-            totals.keep(sizes[j].value if j == 0 else totals.value + sizes[j].value)
-            grown = one + decays[j].value
-            product.keep(grown if j == 0 else product.value * grown)
-        weight = _Held(lanes)
-        weight.keep(spread(T.float32(1), lanes) / product.value)
-        base = T.Cast("int32", table) if lanes == 1 else T.ramp(T.Cast("int32", table), 1, lanes)
-        rows = _Held(lanes, "int32")
-        rows.keep(base * _int(1 << t.tau, lanes))
-        at = group.base + token * (group.width * t.entries) + start
-        for e, bits in enumerate(flipped(t.tau, t.flips)):
-            code = codes.value
-            if bits:
-                code = code ^ _int(sum(1 << (t.tau - 1 - j) for j in bits), lanes)
-            row = _Held(lanes, "int32")
-            row.keep(rows.value + code)
-            score = self._score(totals, weight, [(sizes[j], decays[j]) for j in bits], lanes)
-            if "scales" in self.buffers:
-                score = score * self.buffers["scales"][row.value]
-            place = ramp(at + e * group.width, lanes)
-            T.buffer_store(self.buffers["codes"], row.value, [place])
-            T.buffer_store(self.buffers["scores"], score, [place])
+        at = group.base + token * (group.width * self.t.entries) + start
 
-    def _score(self, totals: _Held, weight: _Held, bits: list, lanes: int) -> Expr:
-        """Return the score of the code with some bits flipped (eq. 7)."""
-        value = weight.value
-        for _, decay in bits:
-            value = value * decay.value
-        if not self.t.scaled:  # the exponential need not keep a NaN, the sum does
-            whole = totals.value == totals.value
-            return T.Select(whole, value, totals.value)
-        taken = totals.value
-        for size, _ in bits:
-            taken = taken - size.value * spread(T.float32(2), lanes)
-        return taken * value
+        def keep(e: int, row: Expr, score: Expr) -> None:
+            place = [ramp(at + e * group.width, lanes)]
+            T.buffer_store(self.buffers["codes"], row, place)
+            T.buffer_store(self.buffers["scores"], score, place)
+
+        hasher = Hasher(self.t, self.buffers["z"], self.buffers.get("scales"))
+        hasher.emit(first + token, group.table + start, lanes, keep)
 
     def _gather(self, first: Expr, count: Expr) -> None:
         """Add up the rows of all tables, slice by slice; threads take slices and tokens."""
@@ -239,11 +202,9 @@ class _Body:
         vectors = t.columns(lanes) // lanes
         each = part.group.width * t.entries
         first = part.group.base + token * each + part.start
-        with loops(t.entries, part.count) as (
-            e,
-            k,
-        ):  # the tokens next, or the groups of a single one
-            self._fetch(cut, self.buffers["codes"][first + AHEAD * each + e * part.group.width + k])
+        with loops(t.entries, part.count) as (e, k):  # past the last token any row will do
+            code = self.buffers["codes"][first + AHEAD * each + e * part.group.width + k]
+            self._rows.fetch(cut, T.Cast("int64", code), 1)
         held = registers(lanes, vectors)
         for v, register in enumerate(held):
             T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
@@ -251,7 +212,7 @@ class _Body:
             place = first + e * part.group.width + k
             row = T.Cast("int64", self.buffers["codes"][place])
             score = spread(self.buffers["scores"][place], lanes)
-            for v, value in enumerate(self._row(cut, row)):
+            for v, value in enumerate(self._rows.load(cut, row)):
                 total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
                 T.buffer_store(held[v], total, [ramp(0, lanes)])
         for v, register in enumerate(held):
@@ -270,28 +231,7 @@ class _Body:
             line = token * each + i
             column = line % lines * (int(tables.shape[2]) // lines)
             element = tables[cut, first + line // lines, column]
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L2))
-
-    def _fetch(self, cut: Expr, code: Expr) -> None:
-        """Prefetch a row; past the last token a code may be anything, and its address too."""
-        t, tables = self.t, self.buffers["tables"]
-        size = t.columns(self.isa.lanes) * ITEM[t.dtype]
-        lines = -(-size // LINE)
-        for i in range(lines):
-            element = tables[cut, T.Cast("int64", code), i * (int(tables.shape[2]) // lines)]
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L1))
-
-    def _row(self, cut: Expr, row: Expr) -> list[Expr]:
-        """Return the vectors of a row of a slice, in float32."""
-        t, lanes, tables = self.t, self.isa.lanes, self.buffers["tables"]
-        count = t.columns(lanes) // lanes
-        if t.dtype == "bf16":
-            words = [tables[cut, row, ramp(i * lanes, lanes)] for i in range(count // 2)]
-            return [widen(word, half, lanes) for word in words for half in (0, 1)]
-        values = [tables[cut, row, ramp(v * lanes, lanes)] for v in range(count)]
-        if t.dtype == "int8":
-            return [T.Cast(f"float32x{lanes}", value) for value in values]
-        return values
+            prefetch(element, 2)
 
     def _finish(self, first: Expr, tokens: Expr, cut: Expr, sums) -> None:
         """Write a slice of y with bias and residual; the last one may be narrower."""
@@ -321,23 +261,6 @@ class _Body:
                     write(columns)
 
 
-class _Held:
-    """A vector that is computed once and used more than once."""
-
-    def __init__(self, lanes: int, dtype: str = "float32") -> None:
-        self.buffer = T.alloc_buffer((lanes,), dtype, scope="global")
-        self.lanes = lanes
-
-    def keep(self, value: Expr) -> None:
-        """Hold a value from here on."""
-        T.buffer_store(self.buffer, value, [ramp(0, self.lanes)])
-
-    @property
-    def value(self) -> Expr:
-        """Read it."""
-        return self.buffer[ramp(0, self.lanes)]
-
-
 def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
     lanes, epilogue = isa.lanes, t.epilogue
     columns = t.columns(lanes)
@@ -351,7 +274,8 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
             "int8": (columns, "int8"),
         }[t.dtype]
         rows = t.h << t.tau
-        b["tables"] = argument("tables", tuple(map(i64, (t.slices(lanes), rows, width))), dtype)
+        shape = (t.slices(lanes), t.stored_rows(lanes), width)
+        b["tables"] = argument("tables", tuple(map(i64, shape)), dtype)
         if t.dtype == "int8":
             b["scales"] = argument("scales", (i64(rows),))
         if epilogue.bias:
@@ -360,23 +284,12 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
             b["residual"] = argument("residual", (m, i64(t.n)))
         norm = RowNorm.declare(lanes, t.n, epilogue.norm)
         b["y"] = argument("y", (m, i64(t.n)))
+        if nest.by_token:
+            TokenByToken(isa, t, nest.chunk, nest.threads, b).emit(m, norm)
+            return
         count = (nest.chunk * t.h + AHEAD * GROUP) * t.entries
         b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
         b["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
         _Body(isa, t, nest, b).emit(m, norm)
 
     return replace_math(prim_func(body))
-
-
-def _strided(first: Expr, stride: int, lanes: int) -> Expr:
-    return first if lanes == 1 else T.ramp(first, stride, lanes)
-
-
-def _int(value: int, lanes: int) -> Expr:
-    return spread(T.int32(value), lanes)
-
-
-def _absolute(value: Expr, lanes: int) -> Expr:
-    """Return ``|value|`` by clearing the sign, which keeps a NaN."""
-    integer, real = ("int32", "float32") if lanes == 1 else (f"int32x{lanes}", f"float32x{lanes}")
-    return T.reinterpret(real, T.reinterpret(integer, value) & _int(0x7FFFFFFF, lanes))
