@@ -36,7 +36,8 @@ MANY = 512  # tokens over which reading the next tables ahead is spread
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
 MOST_ENTRIES = 512  # of a table, each a few instructions of code
-FEW = 128  # tokens up to which each is read by itself: hardly a row is read twice
+FEW = 256  # tokens up to which each is read by itself: hardly a row is read twice
+FEW_AT_ONCE = 32  # of them whose sums lie in cache until all tables are through
 NEAR_BYTES = 384 << 10  # of a token's rows, which with the next one's stay in second-level cache
 
 
@@ -285,7 +286,7 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
         norm = RowNorm.declare(lanes, t.n, epilogue.norm)
         b["y"] = argument("y", (m, i64(t.n)))
         if nest.by_token:
-            TokenByToken(isa, t, nest.chunk, nest.threads, b).emit(m, norm)
+            TokenByToken(isa, t, min(nest.chunk, FEW_AT_ONCE), nest.threads, b).emit(m, norm)
             return
         count = (nest.chunk * t.h + AHEAD * GROUP) * t.entries
         b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")

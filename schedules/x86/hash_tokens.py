@@ -1,9 +1,9 @@
 """Few tokens through the tables of a LookupFFN layer: one after the other, all columns at once.
 
 Nothing is read twice, so a token costs what memory takes to answer. All rows of a token are
-prefetched into the second-level cache as soon as their codes are known, the next token's before
-the sums of this one. Threads take tokens; where there are fewer tokens than threads each takes
-some of the tables, and their sums are added up at the end: one launch either way.
+prefetched into the second-level cache as soon as their codes are known. A thread takes some of the
+tables for all tokens of a chunk, codes included, and their sums are added up at the end: one
+launch, and each thread reads from half of the addresses or fewer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Write = Callable[[Expr, list[tirx.Buffer], int], None]  # (first slice, its sums
 
 @dataclass(frozen=True)
 class TokenByToken:
-    """Code for chunks of ``chunk`` tokens, which ``threads`` share, or else their tables."""
+    """Code for chunks of ``chunk`` tokens, whose tables ``threads`` share."""
 
     isa: Isa
     t: Tables
@@ -41,31 +41,9 @@ class TokenByToken:
         with loops((m + (self.chunk - 1)) // self.chunk) as (c,):
             first = c * self.chunk
             count = T.min(i64(self.chunk), m - first)
-            if self.chunk < self.threads:
-                self._share_tables(first, count)
-            else:
-                self._share_tokens(first, count)
+            self._share_tables(first, count)
             if norm is not None:
                 norm.emit(self.buffers["y"], first, count, parallel=False)
-
-    def _share_tokens(self, first: Expr, count: Expr) -> None:
-        """Let every thread take tokens, whose sums it writes to y."""
-        share = (count + (self.threads - 1)) // self.threads
-        kind = T.parallel if self.threads > 1 else None
-        with loops(self.threads, kind=kind) as (thread,):
-            begin = first + thread * share
-            tokens = T.max(T.min(share, count - thread * share), i64(0))
-            tables = _Part(self, 2)
-            with T.If(tokens > 0), T.Then():
-                tables.hash(begin, 0)
-            with loops(tokens) as (i,):
-                with T.If(i + 1 < tokens), T.Then():
-                    tables.hash(begin + i + 1, (i + 1) % 2)
-
-                def write(cut: Expr, held: list[tirx.Buffer], columns: int, i=i) -> None:
-                    self._write(begin + i, cut, held, columns)
-
-                tables.gather(i % 2, write)
 
     def _share_tables(self, first: Expr, count: Expr) -> None:
         """Let every thread take tables, and add up what they found."""
@@ -74,9 +52,9 @@ class TokenByToken:
         parts = min(self.threads, units)
         found = scratch(parts * self.chunk * wide)
         with loops(parts, kind=T.parallel if parts > 1 else None) as (part,):
-            tables = _Part(self, 1, part, -(-units // parts), parts)
+            tables = _Part(self, part, -(-units // parts), parts)
             with loops(count) as (i,):
-                tables.hash(first + i, 0)
+                tables.hash(first + i)
 
                 def write(cut: Expr, held: list[tirx.Buffer], columns: int, i=i) -> None:
                     at = (part * self.chunk + i) * wide + cut * self.t.columns(self.isa.lanes)
@@ -84,7 +62,7 @@ class TokenByToken:
                         value = held[v][ramp(0, self.isa.lanes)]
                         T.buffer_store(found, value, [ramp(at + start, self.isa.lanes)])
 
-                tables.gather(0, write)
+                tables.gather(write)
         with loops(count) as (i,):
             self._add_up(first + i, [(p * self.chunk + i) * wide for p in range(parts)], found)
 
@@ -103,13 +81,6 @@ class TokenByToken:
         for start, size in pieces(n % lanes, lanes):
             write(i64(n - n % lanes + start), size)
 
-    def _write(self, token: Expr, cut: Expr, held: list[tirx.Buffer], columns: int) -> None:
-        """Write ``columns`` sums of a token from slice ``cut`` on."""
-        lanes = self.isa.lanes
-        for start, size in pieces(columns, lanes):
-            value = held[start // lanes][ramp(start % lanes, size)]
-            self._finish(token, cut * self.t.columns(lanes) + start, size, value)
-
     def _finish(self, token: Expr, column: Expr, size: int, value: Expr) -> None:
         """Write sums with bias and residual."""
         if "bias" in self.buffers:
@@ -120,39 +91,34 @@ class TokenByToken:
 
 
 class _Part:
-    """What one thread does for a token: the ``part``-th run of ``units`` vectors of tables.
+    """What one thread does for a token: the ``part``-th run of ``units`` vectors of tables."""
 
-    Its codes and scores are kept for ``slots`` tokens.
-    """
-
-    def __init__(
-        self, body: TokenByToken, slots: int, part: Expr | int = 0, units: int = 0, parts: int = 1
-    ) -> None:
+    def __init__(self, body: TokenByToken, part: Expr, units: int, parts: int) -> None:
         self.isa, self.t = body.isa, body.t
         self.rows = TableRows(self.t, body.buffers["tables"], self.isa.lanes)
         self.hasher = Hasher(self.t, body.buffers["z"], body.buffers.get("scales"))
         whole = self.t.h // self.isa.lanes
-        self.units, self.part, self.parts = units or whole, i64(part), parts
-        self.first = self.part * self.units
-        self.count = T.max(T.min(i64(self.units), whole - self.first), i64(0))
-        self.each = self.t.h * self.t.entries
-        self.codes = T.alloc_buffer((slots * self.each,), "int32", scope="global")
-        self.scores = scratch(slots * self.each)
+        self.part, self.parts = part, parts
+        self.first = part * units
+        self.count = T.max(T.min(i64(units), whole - self.first), i64(0))
+        count = self.t.h * self.t.entries
+        self.codes = T.alloc_buffer((count,), "int32", scope="global")
+        self.scores = scratch(count)
 
     @property
     def _rest(self) -> int:
         """Tables after the last whole vector, which the last thread takes."""
         return self.t.h % self.isa.lanes
 
-    def hash(self, token: Expr, slot: Expr | int) -> None:
+    def hash(self, token: Expr) -> None:
         """Hash a token and prefetch its rows."""
         lanes = self.isa.lanes
         with loops(self.count) as (u,):
-            self._hash(token, slot, (self.first + u) * lanes, lanes)
+            self._hash(token, (self.first + u) * lanes, lanes)
         if self._rest:
             with self._last():
                 for start, size in pieces(self._rest, lanes):
-                    self._hash(token, slot, i64(self.t.h - self._rest + start), size)
+                    self._hash(token, i64(self.t.h - self._rest + start), size)
 
     @contextmanager
     def _last(self) -> Iterator[None]:
@@ -163,8 +129,8 @@ class _Part:
         with T.If(self.part == self.parts - 1), T.Then():
             yield
 
-    def _hash(self, token: Expr, slot: Expr | int, table: Expr, lanes: int) -> None:
-        at = slot * self.each + table * self.t.entries
+    def _hash(self, token: Expr, table: Expr, lanes: int) -> None:
+        at = table * self.t.entries
 
         def keep(e: int, row: Expr, score: Expr) -> None:
             place = [ramp(at + e * lanes, lanes)]
@@ -175,7 +141,7 @@ class _Part:
         with loops(lanes * self.t.entries, self.t.slices(self.isa.lanes)) as (k, cut):
             self.rows.fetch(cut, T.Cast("int64", self.codes[at + k]), 2)
 
-    def gather(self, slot: Expr | int, write: Write) -> None:
+    def gather(self, write: Write) -> None:
         """Add up the rows of a token, as many slices at a time as registers hold."""
         t, lanes = self.t, self.isa.lanes
         columns, slices = t.columns(lanes), t.slices(lanes)
@@ -183,15 +149,13 @@ class _Part:
         whole = slices - 1 if narrow else slices
         most = max(1, self.isa.registers // 2 // self.rows.vectors)
         with loops(whole // most) as (b,):
-            self._add_rows(slot, b * most, most, columns, write)
+            self._add_rows(b * most, most, columns, write)
         if whole % most:
-            self._add_rows(slot, i64(whole // most * most), whole % most, columns, write)
+            self._add_rows(i64(whole // most * most), whole % most, columns, write)
         if narrow:
-            self._add_rows(slot, i64(whole), 1, narrow, write)
+            self._add_rows(i64(whole), 1, narrow, write)
 
-    def _add_rows(
-        self, slot: Expr | int, cut: Expr, count: int, columns: int, write: Write
-    ) -> None:
+    def _add_rows(self, cut: Expr, count: int, columns: int, write: Write) -> None:
         """Add up the rows of ``count`` slices, the last ``columns`` wide."""
         lanes, entries, vectors = self.isa.lanes, self.t.entries, self.rows.vectors
         held = registers(lanes, count * vectors)
@@ -204,7 +168,7 @@ class _Part:
                 more = T.Select(self.part == self.parts - 1, more, i64(0))
             tables = tables + more
         with loops(tables * entries) as (k,):
-            place = slot * self.each + start + k
+            place = start + k
             row = T.Cast("int64", self.codes[place])
             score = spread(self.scores[place], lanes)
             for j in range(count):
