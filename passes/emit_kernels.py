@@ -117,7 +117,9 @@ class EmitKernels:
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
             return kernel, [x, *self._packed(node), *residual]
         paired = node.precision != "f32"
-        program = self.store.program(node.key, node.op, self.kernels.lanes, paired=paired)
+        program = self.store.program(
+            node.key, node.op, self.kernels.lanes, paired=paired, parts=self.kernels.threads
+        )
         kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
         weights = [
             self.store.tensor(f"{node.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors))

@@ -41,6 +41,7 @@ class Precision(Protocol):
 class Kernels(Protocol):
     """What a target folder offers to the passes."""
 
+    threads: int
     lanes: int
     panel_width: int
     unit_width: int  # vectors of units whose recurrent gates lie together
