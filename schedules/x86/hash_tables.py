@@ -1,8 +1,9 @@
 """LookupFFN's second half on x86: bits and scores of hashed features, gathers, weighted sums.
 
-Tokens go by in chunks. First their codes and scores are computed, vectors of tables at a time,
-and laid out so that the gather reads them in order. Then every thread takes slices of columns:
-it lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which stays in its
+Tokens go by in chunks, of which each thread takes its own where there are enough. First their
+codes and scores are computed, vectors of tables at a time, and laid out so that the gather reads
+them in order. Then come slices of columns, shared by the threads where the chunk is: a thread
+lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which stays in its
 second-level cache with the sums of the chunk, before it goes on to the next tables. Those are
 read ahead meanwhile, in order and a few lines for each token: as random rows they would come
 from memory several times slower. A token's sums live in registers, so they are loaded and stored
@@ -11,8 +12,9 @@ once for `TOGETHER` rows gathered. Few tokens take `TokenByToken` instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -23,6 +25,7 @@ from tvmstruct.schedules.compute.hash_tables import ITEM, Tables
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86 import stream
 from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
 from tvmstruct.schedules.x86.hash_codes import LINE, Hasher, TableRows, prefetch
 from tvmstruct.schedules.x86.hash_tokens import TokenByToken
@@ -33,11 +36,13 @@ TOGETHER = 8  # tables that pass while a token's sums stay in registers
 CHUNK = 4096  # tokens whose codes are computed at a time
 AHEAD = 2  # tokens whose rows are prefetched
 MANY = 512  # tokens over which reading the next tables ahead is spread
+APART = 2048  # tokens for each thread from which on it takes chunks of its own
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
 MOST_ENTRIES = 512  # of a table, each a few instructions of code
 FEW = 256  # tokens up to which each is read by itself: hardly a row is read twice
 FEW_AT_ONCE = 32  # of them whose sums lie in cache until all tables are through
+STREAM_BYTES = 16 << 20  # of y: more would push the tables out of the caches, and is not kept
 NEAR_BYTES = 384 << 10  # of a token's rows, which with the next one's stay in second-level cache
 
 
@@ -57,7 +62,10 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
         by_token = bool(pick("by_token", (0, 1) if rows <= MANY else (0,), few))
         chunk = pick("chunk", options, least)
         shared = threads if rows * work * 4 > SERIAL_BYTES else 1
-        return _Nest(chunk, shared, by_token)
+        streams = 4 * rows * t.n > STREAM_BYTES and t.n % isa.lanes == 0 and not t.epilogue.norm
+        many = int(rows >= APART * threads and threads > 1)
+        apart = not by_token and bool(pick("apart", (0, 1), many))
+        return _Nest(chunk, shared, by_token, apart, streams and not by_token)
 
     key = (isa.name, t, nest(rows, pick_default))
     space = Space(t.words, lambda rows, pick: _build(isa, t, nest(rows, pick)))
@@ -73,6 +81,8 @@ class _Nest:
     chunk: int
     threads: int
     by_token: bool = False
+    apart: bool = False  # whether each thread takes chunks of its own
+    streams: bool = False  # whether y goes to memory past the caches
 
 
 def _chunk(rows: int) -> int:
@@ -114,19 +124,41 @@ class _Body:
     nest: _Nest
     buffers: dict
 
-    def emit(self, m, norm: RowNorm | None) -> None:
+    def emit(self, m: Expr, norm: RowNorm | None) -> None:
         """Emit chunk after chunk."""
         chunk = self.nest.chunk
         with loops((m + (chunk - 1)) // chunk) as (c,):
             first = c * chunk
-            count = T.min(i64(chunk), m - first)
-            self._hash(first, count)
-            self._gather(first, count)
-            if norm is not None:
-                norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
+            self._chunk(first, T.min(i64(chunk), m - first), norm)
+
+    def emit_apart(self, m: Expr, norm: RowNorm | None) -> None:
+        """Let every thread take chunks of its own, all of the same size: no waiting between."""
+        threads, chunk = self.nest.threads, self.nest.chunk
+        turns = (m + (threads * chunk - 1)) // (threads * chunk)
+        each = (m + (threads * turns - 1)) // (threads * turns)
+        with loops(threads, kind=T.parallel) as (thread,):
+            alone = replace(self, nest=replace(self.nest, threads=1), buffers=dict(self.buffers))
+            alone.hold()
+            with loops(turns) as (c,):
+                first = (thread * turns + c) * each
+                alone._chunk(first, T.max(T.min(each, m - first), i64(0)), norm)
+
+    def hold(self) -> None:
+        """Allocate the codes and scores of a chunk."""
+        count = (self.nest.chunk * self.t.h + AHEAD * GROUP) * self.t.entries
+        self.buffers["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
+        self.buffers["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
+
+    def _chunk(self, first: Expr, count: Expr, norm: RowNorm | None) -> None:
+        """Emit one chunk."""
+        self.hash(first, count)
+        self.gather(first, count)
+        if norm is not None:
+            norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
 
     @property
-    def _rows(self) -> TableRows:
+    def rows(self) -> TableRows:
+        """Rows of the tables."""
         return TableRows(self.t, self.buffers["tables"], self.isa.lanes)
 
     @property
@@ -139,11 +171,12 @@ class _Body:
         out = [(whole, GROUP, 0)] if whole else []
         return [*out, (1, rest, whole * GROUP)] if rest else out
 
-    def _group(self, g: Expr, width: int, before: int) -> _Group:
+    def group(self, g: Expr, width: int, before: int) -> _Group:
+        """Return the ``g``-th of the groups of ``width`` tables that follow ``before`` others."""
         each = self.nest.chunk * self.t.entries
         return _Group(before + g * width, width, before * each + g * (width * each))
 
-    def _hash(self, first: Expr, count: Expr) -> None:
+    def hash(self, first: Expr, count: Expr) -> None:
         """Write codes and scores of a chunk, those of a token and a group together."""
         block = min(BLOCK, self.nest.chunk)
         with loops((count + (block - 1)) // block, kind=self._kind) as (b,):
@@ -151,7 +184,7 @@ class _Body:
                 token = b * block + i
                 for groups, width, before in self._groups():
                     with loops(groups) as (g,):
-                        group = self._group(g, width, before)
+                        group = self.group(g, width, before)
                         for start, lanes in pieces(width, self.isa.lanes):
                             self._hash_vector(first, token, group, start, lanes)
 
@@ -167,7 +200,7 @@ class _Body:
         hasher = Hasher(self.t, self.buffers["z"], self.buffers.get("scales"))
         hasher.emit(first + token, group.table + start, lanes, keep)
 
-    def _gather(self, first: Expr, count: Expr) -> None:
+    def gather(self, first: Expr, count: Expr) -> None:
         """Add up the rows of all tables, slice by slice; threads take slices and tokens."""
         t, lanes, chunk = self.t, self.isa.lanes, self.nest.chunk
         columns, slices = t.columns(lanes), t.slices(lanes)
@@ -177,18 +210,16 @@ class _Body:
             cut, begin = item // parts, item % parts * step
             tokens = T.max(T.min(i64(step), count - begin), i64(0))
             sums = scratch(step * columns)
-            with loops(tokens, columns // lanes) as (i, v):
-                zero = spread(T.float32(0), lanes)
-                T.buffer_store(sums, zero, [ramp(i * columns + v * lanes, lanes)])
-            for groups, width, before in self._groups():
-                for start, count, times in _passes(width):
-                    with loops(groups, times, tokens) as (g, k, i):
-                        group = self._group(g, width, before)
-                        part = _Part(group, start + k * count, count)
-                        if chunk >= MANY:
-                            self._fetch_tables(part, cut, i, step)
-                        self._add_rows(part, cut, begin + i, sums, i * columns)
-            self._finish(first + begin, tokens, cut, sums)
+            walk = _Walk(self, cut, first, begin, tokens, step, sums)
+            walk.emit(list(self._runs()))
+            if self.nest.streams:
+                stream.fence()
+
+    def _runs(self) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Yield runs of alike passes: groups, their width, tables before, and `_passes` of one."""
+        for groups, width, before in self._groups():
+            for start, count, times in _passes(width):
+                yield groups, width, before, start, count, times
 
     def _parts(self, slices: int) -> int:
         """Return into how many ranges of tokens a chunk falls, so that threads share evenly."""
@@ -197,69 +228,125 @@ class _Body:
         even = (p for p in range(1, most + 1) if slices * p % threads == 0)
         return 1 if slices >= 4 * threads else next(even, most)
 
-    def _add_rows(self, part: _Part, cut: Expr, token: Expr, sums, at: Expr) -> None:
-        """Add to a token's sums its rows of a few tables."""
-        t, lanes = self.t, self.isa.lanes
-        vectors = t.columns(lanes) // lanes
-        each = part.group.width * t.entries
-        first = part.group.base + token * each + part.start
-        with loops(t.entries, part.count) as (e, k):  # past the last token any row will do
-            code = self.buffers["codes"][first + AHEAD * each + e * part.group.width + k]
-            self._rows.fetch(cut, T.Cast("int64", code), 1)
-        held = registers(lanes, vectors)
-        for v, register in enumerate(held):
-            T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
-        with loops(t.entries, part.count) as (e, k):
-            place = first + e * part.group.width + k
-            row = T.Cast("int64", self.buffers["codes"][place])
-            score = spread(self.buffers["scores"][place], lanes)
-            for v, value in enumerate(self._rows.load(cut, row)):
-                total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
-                T.buffer_store(held[v], total, [ramp(0, lanes)])
-        for v, register in enumerate(held):
-            T.buffer_store(sums, register[ramp(0, lanes)], [ramp(at + v * lanes, lanes)])
 
-    def _fetch_tables(self, part: _Part, cut: Expr, token: Expr, tokens: int) -> None:
-        """Prefetch a token's share of the tables next, in order, into the second-level cache.
+@dataclass(frozen=True)
+class _Walk:
+    """Tokens from ``begin`` of a chunk over all tables of slice ``cut``, pass after pass.
 
-        The tables after the last are the first ones of the next slice.
-        """
-        t, tables = self.t, self.buffers["tables"]
-        lines = max(1, t.columns(self.isa.lanes) * ITEM[t.dtype] // LINE)  # of a row
-        first = (part.group.table + part.start + part.count) * (1 << t.tau)
-        each = -(-(part.count << t.tau) * lines // tokens)  # lines for one token
-        for i in range(each):
-            line = token * each + i
-            column = line % lines * (int(tables.shape[2]) // lines)
-            element = tables[cut, first + line // lines, column]
-            prefetch(element, 2)
+    The first pass starts from zero, the last one writes to y, the others add to ``sums``.
+    """
 
-    def _finish(self, first: Expr, tokens: Expr, cut: Expr, sums) -> None:
-        """Write a slice of y with bias and residual; the last one may be narrower."""
-        t, lanes = self.t, self.isa.lanes
+    body: _Body
+    cut: Expr
+    first: Expr  # token of the chunk
+    begin: Expr
+    tokens: Expr
+    most: int  # tokens at most
+    sums: tirx.Buffer
+
+    def emit(self, runs: list[tuple[int, int, int, int, int, int]]) -> None:
+        """Emit all passes."""
+        for r, (groups, width, before, start, count, times) in enumerate(runs):
+
+            def part(p: Expr, width=width, before=before, start=start, count=count, times=times):
+                group = self.body.group(p // times, width, before)
+                return _Part(group, start + p % times * count, count)
+
+            total, ends = groups * times, r == len(runs) - 1
+            begins = r == 0 and not (ends and total == 1)
+            if begins:
+                self._pass(part(i64(0)), fresh=True)
+            middle = total - begins - ends
+            with loops(middle) as (p,):
+                self._pass(part(p + int(begins)))
+            if ends:
+                self._last_pass(part(i64(total - 1)), fresh=r == 0 and total == 1)
+
+    def _pass(self, part: _Part, *, fresh: bool = False) -> None:
+        """Add the rows of a few tables to the sums of every token."""
+        lanes, columns = self.body.isa.lanes, self.body.t.columns(self.body.isa.lanes)
+        with loops(self.tokens) as (i,):
+            after = part.group.table + part.start + part.count
+            self._fetch_tables(part, self.cut, after * (1 << self.body.t.tau), i)
+            for v, register in enumerate(self._add_rows(part, i, fresh=fresh)):
+                place = [ramp(i * columns + v * lanes, lanes)]
+                T.buffer_store(self.sums, register[ramp(0, lanes)], place)
+
+    def _last_pass(self, part: _Part, *, fresh: bool) -> None:
+        """Add the rows of the last tables and write y; the last slice may be narrower."""
+        t, lanes = self.body.t, self.body.isa.lanes
         columns, slices = t.columns(lanes), t.slices(lanes)
         rest = t.n - (slices - 1) * columns
 
         def write(width: int) -> None:
-            with loops(tokens) as (i,):
+            with loops(self.tokens) as (i,):
+                self._fetch_tables(part, self.cut + 1, i64(0), i)
+                held = self._add_rows(part, i, fresh=fresh)
                 for start, size in pieces(width, lanes):
-                    column = cut * columns + start
-                    value = sums[ramp(i * columns + start, size)]
-                    if "bias" in self.buffers:
-                        value = value + self.buffers["bias"][ramp(column, size)]
-                    if "residual" in self.buffers:
-                        value = value + self.buffers["residual"][first + i, ramp(column, size)]
-                    T.buffer_store(self.buffers["y"], value, [first + i, ramp(column, size)])
+                    value = held[start // lanes][ramp(start % lanes, size)]
+                    self._finish(
+                        self.first + self.begin + i, self.cut * columns + start, size, value
+                    )
 
         if rest == columns:
             write(columns)
             return
-        with T.If(cut == slices - 1):
+        with T.If(self.cut == slices - 1):
             with T.Then():
                 write(rest)
             if slices > 1:
                 with T.Else():
                     write(columns)
+
+    def _add_rows(self, part: _Part, i: Expr, *, fresh: bool) -> list[tirx.Buffer]:
+        """Return a token's sums with its rows of a few tables, in registers."""
+        body, t, lanes = self.body, self.body.t, self.body.isa.lanes
+        columns = t.columns(lanes)
+        codes, each = body.buffers["codes"], part.group.width * t.entries
+        first = part.group.base + (self.begin + i) * each + part.start
+        with loops(t.entries, part.count) as (e, k):  # past the last token any row will do
+            code = codes[first + AHEAD * each + e * part.group.width + k]
+            body.rows.fetch(self.cut, T.Cast("int64", code), 1)
+        held = registers(lanes, columns // lanes)
+        for v, register in enumerate(held):
+            zero = spread(T.float32(0), lanes)
+            before = zero if fresh else self.sums[ramp(i * columns + v * lanes, lanes)]
+            T.buffer_store(register, before, [ramp(0, lanes)])
+        with loops(t.entries, part.count) as (e, k):
+            place = first + e * part.group.width + k
+            row = T.Cast("int64", codes[place])
+            score = spread(body.buffers["scores"][place], lanes)
+            for v, value in enumerate(body.rows.load(self.cut, row)):
+                total = fma(score, value, held[v][ramp(0, lanes)], lanes, body.isa.fma)
+                T.buffer_store(held[v], total, [ramp(0, lanes)])
+        return held
+
+    def _fetch_tables(self, part: _Part, cut: Expr, first: Expr, token: Expr) -> None:
+        """Prefetch a token's share of the tables next, from row ``first`` of slice ``cut`` on.
+
+        In order, into the second-level cache; of addresses after the last table a no-op.
+        """
+        t, tables = self.body.t, self.body.buffers["tables"]
+        if self.body.nest.chunk < MANY:
+            return
+        lines = max(1, t.columns(self.body.isa.lanes) * ITEM[t.dtype] // LINE)  # of a row
+        each = -(-(part.count << t.tau) * lines // self.most)  # lines for one token
+        for n in range(each):
+            line = token * each + n
+            column = line % lines * (int(tables.shape[2]) // lines)
+            prefetch(tables[cut, first + line // lines, column], 2)
+
+    def _finish(self, token: Expr, column: Expr, size: int, value: Expr) -> None:
+        """Write sums with bias and residual."""
+        buffers = self.body.buffers
+        if "bias" in buffers:
+            value = value + buffers["bias"][ramp(column, size)]
+        if "residual" in buffers:
+            value = value + buffers["residual"][token, ramp(column, size)]
+        if self.body.nest.streams:
+            stream.store(buffers["y"], value, [token, column], size)
+        else:
+            T.buffer_store(buffers["y"], value, [token, ramp(column, size)])
 
 
 def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
@@ -288,9 +375,12 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
         if nest.by_token:
             TokenByToken(isa, t, min(nest.chunk, FEW_AT_ONCE), nest.threads, b).emit(m, norm)
             return
-        count = (nest.chunk * t.h + AHEAD * GROUP) * t.entries
-        b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
-        b["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
-        _Body(isa, t, nest, b).emit(m, norm)
+        kernel = _Body(isa, t, nest, b)
+        with stream.imported() if nest.streams else nullcontext():
+            if nest.apart:
+                kernel.emit_apart(m, norm)
+            else:
+                kernel.hold()
+                kernel.emit(m, norm)
 
     return replace_math(prim_func(body))
