@@ -16,26 +16,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.hash_tables import ITEM, Tables
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86 import stream
-from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
-from tvmstruct.schedules.x86.hash_codes import LINE, Hasher, TableRows, prefetch
+from tvmstruct.schedules.x86.attention_tile import pieces, ramp, scratch
+from tvmstruct.schedules.x86.hash_codes import Hasher
+from tvmstruct.schedules.x86.hash_slices import AHEAD, MANY, Group, SliceWalk
 from tvmstruct.schedules.x86.hash_tokens import TokenByToken
 from tvmstruct.targets import Isa
 
 GROUP = 16  # tables whose codes lie together
 TOGETHER = 8  # tables that pass while a token's sums stay in registers
 CHUNK = 4096  # tokens whose codes are computed at a time
-AHEAD = 2  # tokens whose rows are prefetched
-MANY = 512  # tokens over which reading the next tables ahead is spread
 APART = 2048  # tokens for each thread from which on it takes chunks of its own
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
@@ -62,7 +62,7 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
         by_token = bool(pick("by_token", (0, 1) if rows <= MANY else (0,), few))
         chunk = pick("chunk", options, least)
         shared = threads if rows * work * 4 > SERIAL_BYTES else 1
-        streams = 4 * rows * t.n > STREAM_BYTES and t.n % isa.lanes == 0 and not t.epilogue.norm
+        streams = 4 * rows * t.n > STREAM_BYTES and t.n % isa.lanes == 0 and t.epilogue.norm is None
         many = int(rows >= APART * threads and threads > 1)
         apart = not by_token and bool(pick("apart", (0, 1), many))
         return _Nest(chunk, shared, by_token, apart, streams and not by_token)
@@ -90,22 +90,9 @@ def _chunk(rows: int) -> int:
     return min(CHUNK, 1 << (max(rows, 1) - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class _Group:
-    """``width`` tables from ``table`` on (an expression), and where their entries start."""
-
-    table: Expr | int
-    width: int
-    base: Expr | int  # of the first token's first entry among all codes
-
-
-@dataclass(frozen=True)
-class _Part:
-    """``count`` tables of a group from its ``start``-th on."""
-
-    group: _Group
-    start: Expr | int
-    count: int
+def _entries(t: Tables, nest: _Nest) -> int:
+    """Return the codes of a chunk, with those that are read ahead at its end."""
+    return (nest.chunk * t.h + AHEAD * GROUP) * t.entries
 
 
 def _passes(width: int) -> list[tuple[int, int, int]]:
@@ -138,28 +125,28 @@ class _Body:
         each = (m + (threads * turns - 1)) // (threads * turns)
         with loops(threads, kind=T.parallel) as (thread,):
             alone = replace(self, nest=replace(self.nest, threads=1), buffers=dict(self.buffers))
-            alone.hold()
+            alone.hold(thread)
             with loops(turns) as (c,):
                 first = (thread * turns + c) * each
                 alone._chunk(first, T.max(T.min(each, m - first), i64(0)), norm)
 
-    def hold(self) -> None:
-        """Allocate the codes and scores of a chunk."""
-        count = (self.nest.chunk * self.t.h + AHEAD * GROUP) * self.t.entries
-        self.buffers["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
-        self.buffers["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
+    def hold(self, thread: Expr | int = 0) -> None:
+        """Allocate the codes and scores of a chunk, or find those of a thread."""
+        for name, dtype in (("codes", "int32"), ("scores", "float32")):
+            given, size = self.buffers.get(name), i64(_entries(self.t, self.nest))
+            if given is None:
+                self.buffers[name] = T.alloc_buffer((size,), dtype, scope="global")
+            else:
+                own = {"data": given.data, "elem_offset": thread * size}
+                self.buffers[name] = T.decl_buffer((size,), dtype, **own)
 
     def _chunk(self, first: Expr, count: Expr, norm: RowNorm | None) -> None:
-        """Emit one chunk."""
-        self.hash(first, count)
+        """Emit one chunk, from z or from codes that are given."""
+        if "z" in self.buffers:
+            self.hash(first, count)
         self.gather(first, count)
         if norm is not None:
             norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
-
-    @property
-    def rows(self) -> TableRows:
-        """Rows of the tables."""
-        return TableRows(self.t, self.buffers["tables"], self.isa.lanes)
 
     @property
     def _kind(self):
@@ -171,10 +158,10 @@ class _Body:
         out = [(whole, GROUP, 0)] if whole else []
         return [*out, (1, rest, whole * GROUP)] if rest else out
 
-    def group(self, g: Expr, width: int, before: int) -> _Group:
+    def group(self, g: Expr, width: int, before: int) -> Group:
         """Return the ``g``-th of the groups of ``width`` tables that follow ``before`` others."""
         each = self.nest.chunk * self.t.entries
-        return _Group(before + g * width, width, before * each + g * (width * each))
+        return Group(before + g * width, width, before * each + g * (width * each))
 
     def hash(self, first: Expr, count: Expr) -> None:
         """Write codes and scores of a chunk, those of a token and a group together."""
@@ -188,7 +175,7 @@ class _Body:
                         for start, lanes in pieces(width, self.isa.lanes):
                             self._hash_vector(first, token, group, start, lanes)
 
-    def _hash_vector(self, first: Expr, token: Expr, group: _Group, start: int, lanes: int) -> None:
+    def _hash_vector(self, first: Expr, token: Expr, group: Group, start: int, lanes: int) -> None:
         """Hash ``lanes`` tables of a group."""
         at = group.base + token * (group.width * self.t.entries) + start
 
@@ -210,7 +197,8 @@ class _Body:
             cut, begin = item // parts, item % parts * step
             tokens = T.max(T.min(i64(step), count - begin), i64(0))
             sums = scratch(step * columns)
-            walk = _Walk(self, cut, first, begin, tokens, step, sums)
+            place = (cut, first, begin, tokens, step, sums)
+            walk = SliceWalk(self.isa, t, self.nest.streams, self.buffers, self.group, *place)
             walk.emit(list(self._runs()))
             if self.nest.streams:
                 stream.fence()
@@ -229,133 +217,38 @@ class _Body:
         return 1 if slices >= 4 * threads else next(even, most)
 
 
-@dataclass(frozen=True)
-class _Walk:
-    """Tokens from ``begin`` of a chunk over all tables of slice ``cut``, pass after pass.
+def gather_alone(isa: Isa, t: Tables, rows: int, threads: int) -> tuple[tirx.PrimFunc, int]:
+    """Return what many tokens run after they are hashed, and the tokens of a chunk.
 
-    The first pass starts from zero, the last one writes to y, the others add to ``sums``.
+    Arguments are codes and scores, for each thread those of a chunk as `laid_out`, tables, [bias],
+    [residual], y: every chunk of a thread has the same ones. Benchmarks compare this with the
+    bandwidth.
     """
-
-    body: _Body
-    cut: Expr
-    first: Expr  # token of the chunk
-    begin: Expr
-    tokens: Expr
-    most: int  # tokens at most
-    sums: tirx.Buffer
-
-    def emit(self, runs: list[tuple[int, int, int, int, int, int]]) -> None:
-        """Emit all passes."""
-        for r, (groups, width, before, start, count, times) in enumerate(runs):
-
-            def part(p: Expr, width=width, before=before, start=start, count=count, times=times):
-                group = self.body.group(p // times, width, before)
-                return _Part(group, start + p % times * count, count)
-
-            total, ends = groups * times, r == len(runs) - 1
-            begins = r == 0 and not (ends and total == 1)
-            if begins:
-                self._pass(part(i64(0)), fresh=True)
-            middle = total - begins - ends
-            with loops(middle) as (p,):
-                self._pass(part(p + int(begins)))
-            if ends:
-                self._last_pass(part(i64(total - 1)), fresh=r == 0 and total == 1)
-
-    def _pass(self, part: _Part, *, fresh: bool = False) -> None:
-        """Add the rows of a few tables to the sums of every token."""
-        lanes, columns = self.body.isa.lanes, self.body.t.columns(self.body.isa.lanes)
-        with loops(self.tokens) as (i,):
-            after = part.group.table + part.start + part.count
-            self._fetch_tables(part, self.cut, after * (1 << self.body.t.tau), i)
-            for v, register in enumerate(self._add_rows(part, i, fresh=fresh)):
-                place = [ramp(i * columns + v * lanes, lanes)]
-                T.buffer_store(self.sums, register[ramp(0, lanes)], place)
-
-    def _last_pass(self, part: _Part, *, fresh: bool) -> None:
-        """Add the rows of the last tables and write y; the last slice may be narrower."""
-        t, lanes = self.body.t, self.body.isa.lanes
-        columns, slices = t.columns(lanes), t.slices(lanes)
-        rest = t.n - (slices - 1) * columns
-
-        def write(width: int) -> None:
-            with loops(self.tokens) as (i,):
-                self._fetch_tables(part, self.cut + 1, i64(0), i)
-                held = self._add_rows(part, i, fresh=fresh)
-                for start, size in pieces(width, lanes):
-                    value = held[start // lanes][ramp(start % lanes, size)]
-                    self._finish(
-                        self.first + self.begin + i, self.cut * columns + start, size, value
-                    )
-
-        if rest == columns:
-            write(columns)
-            return
-        with T.If(self.cut == slices - 1):
-            with T.Then():
-                write(rest)
-            if slices > 1:
-                with T.Else():
-                    write(columns)
-
-    def _add_rows(self, part: _Part, i: Expr, *, fresh: bool) -> list[tirx.Buffer]:
-        """Return a token's sums with its rows of a few tables, in registers."""
-        body, t, lanes = self.body, self.body.t, self.body.isa.lanes
-        columns = t.columns(lanes)
-        codes, each = body.buffers["codes"], part.group.width * t.entries
-        first = part.group.base + (self.begin + i) * each + part.start
-        with loops(t.entries, part.count) as (e, k):  # past the last token any row will do
-            code = codes[first + AHEAD * each + e * part.group.width + k]
-            body.rows.fetch(self.cut, T.Cast("int64", code), 1)
-        held = registers(lanes, columns // lanes)
-        for v, register in enumerate(held):
-            zero = spread(T.float32(0), lanes)
-            before = zero if fresh else self.sums[ramp(i * columns + v * lanes, lanes)]
-            T.buffer_store(register, before, [ramp(0, lanes)])
-        with loops(t.entries, part.count) as (e, k):
-            place = first + e * part.group.width + k
-            row = T.Cast("int64", codes[place])
-            score = spread(body.buffers["scores"][place], lanes)
-            for v, value in enumerate(body.rows.load(self.cut, row)):
-                total = fma(score, value, held[v][ramp(0, lanes)], lanes, body.isa.fma)
-                T.buffer_store(held[v], total, [ramp(0, lanes)])
-        return held
-
-    def _fetch_tables(self, part: _Part, cut: Expr, first: Expr, token: Expr) -> None:
-        """Prefetch a token's share of the tables next, from row ``first`` of slice ``cut`` on.
-
-        In order, into the second-level cache; of addresses after the last table a no-op.
-        """
-        t, tables = self.body.t, self.body.buffers["tables"]
-        if self.body.nest.chunk < MANY:
-            return
-        lines = max(1, t.columns(self.body.isa.lanes) * ITEM[t.dtype] // LINE)  # of a row
-        each = -(-(part.count << t.tau) * lines // self.most)  # lines for one token
-        for n in range(each):
-            line = token * each + n
-            column = line % lines * (int(tables.shape[2]) // lines)
-            prefetch(tables[cut, first + line // lines, column], 2)
-
-    def _finish(self, token: Expr, column: Expr, size: int, value: Expr) -> None:
-        """Write sums with bias and residual."""
-        buffers = self.body.buffers
-        if "bias" in buffers:
-            value = value + buffers["bias"][ramp(column, size)]
-        if "residual" in buffers:
-            value = value + buffers["residual"][token, ramp(column, size)]
-        if self.body.nest.streams:
-            stream.store(buffers["y"], value, [token, column], size)
-        else:
-            T.buffer_store(buffers["y"], value, [token, ramp(column, size)])
+    nest = _Nest(_chunk(rows), threads, apart=True, streams=True)
+    return _build(isa, t, nest, hashed=True), nest.chunk
 
 
-def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
+def laid_out(t: Tables, values: np.ndarray) -> np.ndarray:
+    """Return codes or scores (tokens, h) of tables without neighbours in the order they are read.
+
+    Those of a few tables lie together, token after token.
+    """
+    assert t.entries == 1, t
+    parts = [values[:, i : i + GROUP].reshape(-1) for i in range(0, t.h, GROUP)]
+    return np.concatenate([*parts, np.zeros(AHEAD * GROUP, values.dtype)])
+
+
+def _build(isa: Isa, t: Tables, nest: _Nest, *, hashed: bool = False) -> tirx.PrimFunc:
     lanes, epilogue = isa.lanes, t.epilogue
     columns = t.columns(lanes)
 
     def body() -> None:
         m = symbol("m")
-        b = {"z": argument("z", (m, i64(t.h * t.tau)))}
+        if hashed:
+            shape = (i64(nest.threads), i64(_entries(t, nest)))
+            b = {"codes": argument("codes", shape, "int32"), "scores": argument("scores", shape)}
+        else:
+            b = {"z": argument("z", (m, i64(t.h * t.tau)))}
         width, dtype = {
             "f32": (columns, "float32"),
             "bf16": (columns // 2, "int32"),
