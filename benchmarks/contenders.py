@@ -15,7 +15,7 @@ import numpy as np
 from cases import Encoder, Stack, load
 from claims import Case
 from embedding_cases import Lookup
-from lookup_cases import FEW, INPUTS, LookupCase, LookupFfn
+from lookup_cases import FEW, INPUTS, Gather, LookupCase, LookupFfn
 from recurrent_cases import LstmCase, PackagedCase
 
 from tvmstruct.ops import Array
@@ -36,6 +36,8 @@ def build(name: str, case: Case, files: Sequence[str], threads: int) -> tuple[Ca
     """Return a function that computes the case once, and as what ours compiled it."""
     if isinstance(case, Lookup | LstmCase | PackagedCase):
         return case.contender(name, threads), ""
+    if isinstance(case, Gather) and case.hashed:
+        return case.kernel(threads), ""
     if name in ("torch", "torch-bf16"):
         return _torch(case, files, threads, bf16=name == "torch-bf16"), ""
     if name == "tvmstruct-dense":
@@ -171,7 +173,7 @@ def _lookup(case: LookupCase, options: dict[str, Any]) -> tuple[Call, str]:
     compiled = tvmstruct.compile(case.source(), **options)
     x = case.feeds()["x"]
     rng, inputs = np.random.default_rng(3), []
-    for _ in range(INPUTS if case.rows <= FEW else 1):
+    for _ in range(INPUTS // case.rows if case.rows <= FEW else 1):
         array = aligned_empty(x.shape, x.dtype)
         array[...] = rng.standard_normal(x.shape, np.float32)
         inputs.append(array)

@@ -17,7 +17,7 @@ from transformer_cases import Feeds, Graph
 
 from tvmstruct.ops import Array, Op
 
-FEW, INPUTS = 64, 64  # up to so many tokens, so many inputs in turn
+FEW, INPUTS = 64, 1024  # up to so many tokens, so many of them in turn: all rows of tables
 SLICE = 8 * 128 * 2  # bytes of 8 tables' rows in a slice of two cache lines, on two threads
 
 
@@ -131,12 +131,16 @@ class Bh4:
 
 @dataclass(frozen=True)
 class Gather:
-    """The tables of a `LookupFfn` alone on given hashed features: codes, scores, gathers, sums."""
+    """The tables of a `LookupFfn` alone on given hashed features: codes, scores, gathers, sums.
+
+    With ``hashed`` codes and scores are given too, and what is left are the gathers and sums.
+    """
 
     rows: int
     d: int
     h: int
     tau: int
+    hashed: bool = False
 
     def work(self) -> Work:
         """Count the bytes gathered, which come from the slice of tables that tokens pass over."""
@@ -157,6 +161,32 @@ class Gather:
         width = self.h * self.tau
         lookup = Lookup(Permute((width,), (0,)), random_tables(self))
         return module(self.rows, width, lambda bb, x: emit_lookup(bb, x, lookup))
+
+    def kernel(self, threads: int) -> Callable[[], Any]:
+        """Return the kernel's gathers alone, each thread with codes of its own."""
+        import tvm
+
+        import tvmstruct
+        from tvmstruct.schedules.compute.dense import Epilogue
+        from tvmstruct.schedules.compute.hash_tables import Tables
+        from tvmstruct.schedules.x86.hash_tables import gather_alone, laid_out
+        from tvmstruct.weights import WeightStore
+
+        spec = tvmstruct.resolve_target("host")
+        tables = Tables(self.h, self.tau, self.d, 0, True, "f32", Epilogue())
+        func, chunk = gather_alone(spec.isa, tables, self.rows, threads)
+        library = tvm.compile(
+            tvm.IRModule({"gather": func.with_attr("global_symbol", "gather")}), target=spec.target
+        ).mod
+        rng, base = np.random.default_rng(4), np.arange(self.h, dtype=np.int32) << self.tau
+        codes = rng.integers(0, 1 << self.tau, (threads, chunk, self.h), np.int32) + base
+        scores = rng.random((threads, chunk, self.h), np.float32)
+        given = [np.stack([laid_out(tables, one) for one in a]) for a in (codes, scores)]
+        given += tables.pack(random_tables(self), spec.isa.lanes).values()
+        store = WeightStore()  # as a model keeps its tables: on large pages
+        arguments = [store.tensor(str(i), lambda a=a: a) for i, a in enumerate(given)]
+        y, call = tvm.runtime.empty((self.rows, self.d)), library["gather"]
+        return lambda: call(*arguments, y)
 
     def feeds(self) -> Feeds:
         """Return random hashed features."""

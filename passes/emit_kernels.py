@@ -133,7 +133,9 @@ class EmitKernels:
     def _staged(self, layer: Layer) -> tuple[Program, list[relax.Expr]]:
         """Return the stages of a layer and their weights."""
         paired = layer.precision != "f32"
-        program = self.store.program(layer.key, layer.op, self.kernels.lanes, paired=paired)
+        program = self.store.program(
+            layer.key, layer.op, self.kernels.lanes, paired=paired, parts=self.kernels.threads
+        )
         return program, [
             relax.const(
                 self.store.tensor(

@@ -43,6 +43,7 @@ class Precision(Protocol):
 class Kernels(Protocol):
     """What a target folder offers to the passes."""
 
+    threads: int
     lanes: int
     panel_width: int
 

@@ -54,13 +54,20 @@ class Runner:
 
     def tensor(self, i: int, array: np.ndarray) -> tuple[Any, bool]:
         """Return input i as a tensor, and whether it is the array's own memory."""
-        flags = array.flags
-        if flags.c_contiguous and flags.writeable:  # numpy exports no read-only memory
-            tensor = from_dlpack(array)
-            if tensor.data_ptr() % ALIGNMENT == 0:
-                return tensor, True
+        if (tensor := own_memory(array)) is not None:
+            return tensor, True
         np.copyto(self.staging[i], array)
         return self.staged[i], False
+
+
+def own_memory(array: np.ndarray) -> Any:
+    """Return a tensor on an array's own memory, None where kernels cannot take it."""
+    flags = array.flags
+    if flags.c_contiguous and flags.writeable:  # numpy exports no read-only memory
+        tensor = from_dlpack(array)
+        if tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+    return None
 
 
 class Bucket:
@@ -109,6 +116,11 @@ class Bucket:
         if not self._copied:
             return list(map(to_numpy, out))
         return [to_numpy(o).copy() if i in self._copied else to_numpy(o) for i, o in enumerate(out)]
+
+    def tensors(self, arrays: Sequence[np.ndarray]) -> tuple[Any, ...] | None:
+        """Return tensors on the memory of arrays, None where one of them would need a copy."""
+        found = tuple([own_memory(array) for array in arrays])
+        return found if all([tensor is not None for tensor in found]) else None
 
     def run_single(self, tensors: tuple[Any, ...]) -> np.ndarray:
         """Run on the tensors of the last call, for a model of one output that has run before."""
@@ -197,8 +209,12 @@ class CompiledModel:
         """Return the output, or a tuple of outputs in the source model's order."""
         if (again := self._again) is not None and not named:
             seen, shapes, tensors, bucket = again
-            if len(arrays) == len(seen) and all(map(is_, arrays, seen)):
-                if tuple([a.shape for a in arrays]) == shapes:
+            same = len(arrays) == len(seen) and all(map(is_, arrays, seen))
+            if (same or self._are_plain(arrays)) and tuple([a.shape for a in arrays]) == shapes:
+                if same:
+                    return bucket.run_single(tensors)
+                if (tensors := bucket.tensors(arrays)) is not None:
+                    self._again = (arrays, shapes, tensors, bucket)
                     return bucket.run_single(tensors)
         outputs = self._run(self._bind(arrays, named))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -421,10 +437,7 @@ class CompiledModel:
     def _bind(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
         """Return one array per input in order, with name, dtype and rank checked."""
         if not named and len(arrays) == len(self._ranks):
-            for a, dtype, rank in zip(arrays, self._dtypes, self._ranks, strict=True):
-                if type(a) is not np.ndarray or a.dtype is not dtype or a.ndim != rank:
-                    break
-            else:
+            if self._are_plain(arrays) and [a.ndim for a in arrays] == self._ranks:
                 return list(arrays)
         if len(arrays) > len(self.inputs):
             raise InputError(f"{len(arrays)} arrays given; {self._wanted()}")
@@ -441,6 +454,15 @@ class CompiledModel:
         if any(b is None for b in bound):
             self._fill(bound)
         return bound
+
+    def _are_plain(self, arrays: Sequence[Any]) -> bool:
+        """Return whether these are as many numpy arrays as there are inputs, of their dtypes."""
+        if len(arrays) != len(self._dtypes):
+            return False
+        for a, dtype in zip(arrays, self._dtypes, strict=True):
+            if type(a) is not np.ndarray or a.dtype is not dtype:
+                return False
+        return True
 
     def _fill(self, bound: list[Any]) -> None:
         """Give missing masks ones and missing token types zeros; refuse other gaps."""

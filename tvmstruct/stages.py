@@ -141,22 +141,30 @@ class Value:
 class Program:
     """Stages, the number of features of every buffer, and the packed weights.
 
-    ``pairs`` are the weights whose entries belong together in twos, one word for both.
+    ``pairs`` are the weights whose entries belong together in twos, one word for both. The stages
+    run once for each of ``parts`` with weights of its own, and the outputs lie side by side.
     """
 
     sizes: list[int]
     stages: list[Stage] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
     pairs: set[int] = field(default_factory=set)
+    parts: int = 1
+
+    @property
+    def n_out(self) -> int:
+        """Outputs of all parts."""
+        return self.sizes[Y] * self.parts
 
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that the code depends on: equal keys, equal kernels."""
-        return (tuple(self.sizes), tuple(self.stages), tuple(w.size for w in self.weights))
+        sizes = tuple(w.size for w in self.weights)
+        return (tuple(self.sizes), tuple(self.stages), sizes, *([self.parts] * (self.parts > 1)))
 
     def words(self, weight: int) -> int:
-        """Return the number of stored elements of a weight."""
-        return self.weights[weight].size // (2 if weight in self.pairs else 1)
+        """Return the number of stored elements of a weight, those of one part."""
+        return self.weights[weight].size // self.parts // (2 if weight in self.pairs else 1)
 
     def stored(self, weight: int, pair: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
         """Return a weight as kernels read it: ``pair(w, lanes)`` makes words of its pairs."""

@@ -11,7 +11,8 @@ import tvm
 
 from tvmstruct import compat, ops
 from tvmstruct.arrays import aligned_empty
-from tvmstruct.stages import Program, lower
+from tvmstruct.parts import lower_parts
+from tvmstruct.stages import Program
 
 LARGE = 4 << 20  # bytes from which on numpy asks the system for large pages
 
@@ -42,10 +43,10 @@ class WeightStore:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:24]
         return self.tensor(f"{prefix}#{digest}", lambda: array)
 
-    def program(self, key: str, op: ops.Op, lanes: int, *, paired: bool) -> Program:
-        """Return the stages of a structured operator, lowered once."""
+    def program(self, key: str, op: ops.Op, lanes: int, *, paired: bool, parts: int = 1) -> Program:
+        """Return the stages of a structured operator, lowered once; see `lower_parts`."""
         if key not in self._programs:
-            self._programs[key] = lower(op, lanes, paired=paired)
+            self._programs[key] = lower_parts(op, lanes, parts, paired=paired)
         return self._programs[key]
 
     def name(self, tensor: tvm.runtime.Tensor) -> str:

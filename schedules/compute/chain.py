@@ -33,9 +33,9 @@ BUSY = 8  # independent sums that hide the latency of an addition
 class RowNest:
     """How rows are cut: ``block`` of them pass all stages together, ``heights`` fit in registers.
 
-    The threads, of which there are ``workers``, share the blocks ("rows"), the tiles of each stage
-    of over ``shared_macs`` ("stages"), as a team those of every stage ("team"), or nothing
-    ("none"). A tile has at most ``sums`` vectors.
+    The threads, of which there are ``workers``, share the blocks ("rows"), the parts of a program
+    or the tiles of each stage of over ``shared_macs`` ("stages"), as a team those of every stage
+    ("team"), or nothing ("none"). A tile has at most ``sums`` vectors.
     """
 
     heights: tuple[int, ...]
@@ -165,16 +165,16 @@ class _Kernel:
         self.weights = [
             argument(
                 f"w{i}",
-                (i64(self.program.words(i)),),
+                (i64(self.program.words(i) * self.program.parts),),
                 "int32" if i in self.program.pairs else "float32",
             )
             for i, _ in enumerate(weights)
         ]
-        self.bias = argument("bias", (i64(sizes[Y]),)) if self.epilogue.bias else None
-        residual = self.epilogue.residual
-        self.residual = argument("residual", (m, i64(sizes[Y]))) if residual else None
-        self.norm = RowNorm.declare(self.lanes, sizes[Y], self.epilogue.norm)
-        self.y = argument("y", (m, i64(sizes[Y])))
+        n = self.program.n_out
+        self.bias = argument("bias", (i64(n),)) if self.epilogue.bias else None
+        self.residual = argument("residual", (m, i64(n))) if self.epilogue.residual else None
+        self.norm = RowNorm.declare(self.lanes, n, self.epilogue.norm)
+        self.y = argument("y", (m, i64(n)))
 
     def emit(self, segment: Segment, *, parallel: bool) -> None:
         """Emit all stages for the row blocks of a segment, each an sblock of its own."""
@@ -206,7 +206,21 @@ class _Kernel:
         T.writes(y, *own)
 
     def stages(self, work: _Block) -> None:
-        """Emit all stages for a block of rows, and the epilogue."""
+        """Emit all stages of all parts for a block of rows, and the epilogue."""
+        parts = self.program.parts
+        if parts == 1:
+            self._part(work)
+        else:
+            macs = sum(s.macs for s in self.program.stages if isinstance(s, MatMul)) * parts
+            kind = T.parallel if work.shared(macs) else None
+            with work.wait(), loops(parts, kind=kind) as (t,):
+                with block("part", [(parts, t)]) as (part,):
+                    self.touch(work)
+                    self._part(work.of_part(part))
+        work.finish()
+
+    def _part(self, work: _Block) -> None:
+        """Emit all stages of a part."""
         stages = list(self.program.stages)
         while stages:
             shards = work.shards(*stages[:2]) if len(stages) > 1 else 1
@@ -214,7 +228,6 @@ class _Kernel:
                 work.emit_shards(stages.pop(0), stages.pop(0), shards)
             else:
                 work.emit(stages.pop(0))
-        work.finish()
 
 
 @dataclass
@@ -225,52 +238,64 @@ class _Block:
     first: object
     height: int
     buffers: list
+    part: object | None = None  # which one, where there are more
+
+    def of_part(self, part) -> _Block:
+        """Return the code of one part: its features of y, its weights."""
+        x, y, *own = self.buffers
+        y = replace(y, column=part * self.kernel.program.sizes[Y])
+        return replace(self, buffers=[x, y, *own], part=part)
 
     def emit(self, stage: Stage) -> None:
         """Emit one stage."""
         if isinstance(stage, MatMul):
             self._multiply(stage)
-        elif self.kernel.nest.threads == "team":
-            with alone():
-                self._steps.emit(stage)
         else:
-            self._steps.emit(stage)
+            with self._alone():
+                self._steps.emit(stage)
 
     def finish(self) -> None:
         """Apply the epilogue while the rows are still in cache."""
         if self.kernel.epilogue == Epilogue():
             return
-        with alone() if self.kernel.nest.threads == "team" else nullcontext():
+        with self._alone():
             self._finish()
 
     def _finish(self) -> None:
         kernel, epilogue = self.kernel, self.kernel.epilogue
         if replace(epilogue, norm=None) != Epilogue():
             residual = None if kernel.residual is None else Rows(kernel.residual, self.first)
-            n = kernel.program.sizes[Y]
+            n = kernel.program.n_out
             self._steps.finish(n, epilogue.activation, kernel.bias, residual)
         if kernel.norm is not None:
             kernel.norm.emit(kernel.y, self.first, self.height, parallel=False)
 
     @property
     def _steps(self) -> RowSteps:
-        return RowSteps(self.kernel.lanes, self.height, self.buffers, self.kernel.weights)
+        kernel = self.kernel
+        starts = [self._start(i) for i in range(len(kernel.weights))]
+        return RowSteps(kernel.lanes, self.height, self.buffers, kernel.weights, starts)
 
-    def _shared(self, macs: int) -> bool:
+    def _start(self, weight: int):
+        """Return where the weight of a part starts."""
+        return i64(0) if self.part is None else self.part * self.kernel.program.words(weight)
+
+    def shared(self, macs: int) -> bool:
         """Return whether threads share so many multiply-adds for each row of the block.
 
         One row waits for its weights as long as two rows take to multiply.
         """
         nest = self.kernel.nest
-        if nest.threads == "team":
-            return True
-        return nest.threads == "stages" and macs * max(2, self.height) > nest.shared_macs
+        if self.part is not None:
+            return False
+        long = macs * max(2, self.height) > nest.shared_macs
+        return self._team or (nest.threads == "stages" and long)
 
     def shards(self, a: Stage, b: Stage) -> int:
         """Return into how many independent parts two stages fall, one for each thread, or 1."""
         if not (isinstance(a, MatMul) and isinstance(b, MatMul) and separable(a, b)):
             return 1
-        if not self._shared(a.macs + b.macs):
+        if not self.shared(a.macs + b.macs):
             return 1
         columns, groups = a.q // self._tile(a).columns, b.groups // self._tile(b).groups
         most = self.kernel.nest.workers
@@ -278,7 +303,7 @@ class _Block:
 
     def emit_shards(self, a: MatMul, b: MatMul, shards: int) -> None:
         """Emit two products such that a thread reads in the second what it wrote in the first."""
-        with self._wait(), loops(shards, kind=T.parallel) as (t,):
+        with self.wait(), loops(shards, kind=T.parallel) as (t,):
             with block("shard", [(shards, t)]) as (shard,):
                 self.kernel.touch(self)
                 self._multiply(a, ("column", shard, shards))
@@ -371,14 +396,14 @@ class _Block:
         panels = (1 if s.shared else extents["group"]) * columns
         panel_size = self.kernel.program.words(s.weight) // panels
         (steps, stride), *_ = tile.depth
-        with self._turns(extents, part, shared=part is None and self._shared(s.macs)) as at:
+        with self._turns(extents, part, shared=part is None and self.shared(s.macs)) as at:
             chunk = at["chunk"] + first
             row, group = at["row"] * tile.rows, at["group"] * tile.groups
             q = at["column"] * tile.columns
             panel = (i64(0) if s.shared else at["group"]) * columns + at["column"]
             starts = (
                 src.at(row, s.src_offset + group * s.src_group + chunk * (steps * stride)),
-                (panel * panel_size + chunk * (steps * tile.b_depth[0]),),
+                (self._start(s.weight) + panel * panel_size + chunk * (steps * tile.b_depth[0]),),
                 dst.at(row, s.dst_offset + group * s.dst_group + q * s.dst_q),
             )
             self._declare(tile, (src.buffer, self.kernel.weights[s.weight], dst.buffer), starts)
@@ -392,8 +417,7 @@ class _Block:
         real = {"turn": turns, "chunk": extents["chunk"], "row": extents["row"]}
         real = {name: extent for name, extent in real.items() if extent > 1}
         with ExitStack() as stack:
-            team = part is None and self.kernel.nest.threads == "team"
-            if team:
+            if part is None and self._team:
                 stack.enter_context(barrier() if turns > 1 else alone())
             kind = T.parallel if shared and turns > 1 else None
             variables = stack.enter_context(loops(*real.values(), kind=kind))
@@ -410,9 +434,18 @@ class _Block:
                     at[part[0]] = at[part[0]] + part[1] * extents[part[0]]
                 yield at
 
-    def _wait(self):
+    @property
+    def _team(self) -> bool:
+        """Whether all threads of a team pass here, not only the one with this part."""
+        return self.kernel.nest.threads == "team" and self.part is None
+
+    def wait(self):
         """Return the end of a loop that threads share: in a team they wait there."""
-        return barrier() if self.kernel.nest.threads == "team" else nullcontext()
+        return barrier() if self._team else nullcontext()
+
+    def _alone(self):
+        """Return where one thread works: in a team the others wait."""
+        return alone() if self._team else nullcontext()
 
     def _declare(self, tile: Tile, buffers: tuple, starts: tuple) -> None:
         """State what a product block touches, name its tile, and emit it."""

@@ -1,8 +1,10 @@
 """What the tables of a LookupFFN layer are in memory, independent of how they are read.
 
 A table is cut into slices of columns, and a slice of all tables lies together:
-``[ceil(n / columns)][h * 2**tau][columns]``. So the part of a few tables that many tokens read
-stays in cache while they pass, and a row of a slice is whole cache lines.
+``[ceil(n / columns)][h * 2**tau + gap][columns]``. So the part of a few tables that many tokens
+read stays in cache while they pass, and a row of a slice is whole cache lines. Without a gap the
+slices of a row would lie a power of two apart, so that all of them compete for one set of each
+cache, of lines and of addresses.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from tvmstruct.schedules.compute.low_precision import LARGEST, pair_vectors, rou
 
 ITEM = {"f32": 4, "bf16": 2, "int8": 1}  # bytes of an element
 ROW_BYTES = 128  # of a slice: two cache lines, which are fetched together
+GAP_BYTES = 68 << 10  # after a slice of many pages: an odd number of them, see `Tables.stored_rows`
+PAGES = 1 << 20  # bytes of a slice from which on the gap is that large
 LONG = 9  # bits from which on a table in slices of one line is as large as others in two
 
 
@@ -60,6 +64,14 @@ class Tables:
         """Slices of a table."""
         return -(-self.n // self.columns(lanes))
 
+    def stored_rows(self, lanes: int) -> int:
+        """Rows of a slice with the gap: one row, so that lines of a row lie in different sets.
+
+        After a large slice 17 pages more, so that the addresses of its pages do too.
+        """
+        rows, row = self.h << self.tau, self.columns(lanes) * ITEM[self.dtype]
+        return rows + 1 + (GAP_BYTES // row if rows * row >= PAGES else 0)
+
     def pack(self, tables: np.ndarray, lanes: int) -> dict[str, np.ndarray]:
         """Return what the kernel reads of ``tables`` (h, 2**tau, n): tables, and scales in int8."""
         rows = tables.reshape(-1, self.n)
@@ -81,7 +93,8 @@ class Tables:
         if self.dtype == "bf16":
             return round_bf16(tables).astype(np.float32)
         packed = self.pack(tables, 1)
-        q = packed["tables"].transpose(1, 0, 2).reshape(len(packed["scales"]), -1)[:, : self.n]
+        rows = self.h << self.tau
+        q = packed["tables"][:, :rows].transpose(1, 0, 2).reshape(rows, -1)[:, : self.n]
         return (q.astype(np.float32) * packed["scales"][:, None]).reshape(tables.shape)
 
     @property
@@ -103,8 +116,8 @@ class Tables:
 
     def _cut(self, rows: np.ndarray, lanes: int) -> np.ndarray:
         columns, slices = self.columns(lanes), self.slices(lanes)
-        cut = np.zeros((slices, len(rows), columns), rows.dtype)
+        cut = np.zeros((slices, self.stored_rows(lanes), columns), rows.dtype)
         for i in range(slices):
             part = rows[:, i * columns : (i + 1) * columns]
-            cut[i, :, : part.shape[1]] = part
+            cut[i, : len(rows), : part.shape[1]] = part
         return cut

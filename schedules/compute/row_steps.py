@@ -18,15 +18,16 @@ from tvmstruct.stages import Copy, Dim, Hadamard, Y, Zero
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of an argument from ``first``."""
+    """Rows of an argument from ``first``, features from ``column``."""
 
     buffer: object
     first: object
     stride: int | None = None
+    column: object = 0
 
     def at(self, row, index) -> tuple:
         """Return where a feature of a row lies."""
-        return (self.first + row, index)
+        return (self.first + row, self.column + index)
 
     def region(self, height: int):
         """Return all features of ``height`` rows."""
@@ -52,12 +53,13 @@ class Scratch:
 
 @dataclass(frozen=True)
 class RowSteps:
-    """Code for ``height`` rows of ``buffers``, x and y first."""
+    """Code for ``height`` rows of ``buffers``, x and y first; ``starts`` are those of weights."""
 
     lanes: int
     height: int
     buffers: list
     weights: list
+    starts: list
 
     def emit(self, stage: Copy | Zero | Hadamard) -> None:
         """Emit one stage."""
@@ -105,7 +107,8 @@ class RowSteps:
     def _move(self, s: Copy, row, src, place, lanes: int) -> None:
         value = self.load(s.src, row, src, lanes)
         if s.weight is not None:
-            value = value * self.weights[s.weight][_vector((place,), lanes)]
+            at = self.starts[s.weight] + place
+            value = value * self.weights[s.weight][_vector((at,), lanes)]
         if s.accumulate:
             value = value + self.load(s.dst, row, s.dst_offset + place, lanes)
         self.save(s.dst, row, s.dst_offset + place, value, lanes)

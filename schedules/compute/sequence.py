@@ -20,7 +20,7 @@ from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.compute.team import team
-from tvmstruct.stages import Program, Y
+from tvmstruct.stages import Program
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Member:
 
     def types(self) -> list[tuple[int, str]]:
         """Return size and dtype of each of its constants."""
-        program, n, e = self.program, self.program.sizes[Y], self.epilogue
+        program, n, e = self.program, self.program.n_out, self.epilogue
         found = [
-            (program.words(i), "int32" if i in program.pairs else "float32")
+            (program.words(i) * program.parts, "int32" if i in program.pairs else "float32")
             for i in range(len(program.weights))
         ]
         return found + [(n, "float32")] * (e.bias + 2 * (e.norm is not None))
@@ -71,12 +71,12 @@ def sequence(
         for member in members:
             types |= dict(zip(member.constants, member.types(), strict=True))
         held = [argument(f"c{c}", (i64(types[c][0]),), types[c][1]) for c in sorted(types)]
-        y = argument("y", (m, i64(members[-1].program.sizes[Y])))
+        y = argument("y", (m, i64(members[-1].program.n_out)))
         with T.sblock("root"):  # by hand: a single product would be taken for it
             T.reads()
             T.writes()
             for member in members[:-1]:
-                n = i64(member.program.sizes[Y])
+                n = i64(member.program.n_out)
                 values.append(T.sblock_alloc_buffer((m, n), "float32"))
             values.append(y)
             height = rows // nest.workers if nest.threads == "rows" else rows
@@ -110,7 +110,7 @@ def _staged(
     member: Member, nest: RowNest, lanes: int, tiles: dict, values: list, held: list, rows: int
 ) -> StagedRows:
     """Return the stages of a member on its arguments."""
-    n, e = member.program.sizes[Y], member.epilogue
+    n, e = member.program.n_out, member.epilogue
     constants = [held[c] for c in member.constants]
     count = len(member.program.weights)
     weights, more = constants[:count], constants[count:]

@@ -45,7 +45,7 @@ def chain(
         return _build(isa, program, epilogue, work.nest(rows, pick), rows)
 
     digest = hashlib.sha256(repr((program.key, epilogue)).encode()).hexdigest()[:12]
-    space = Space(f"{program.sizes[0]} {program.sizes[1]} {digest}", build_tuned)
+    space = Space(f"{program.sizes[0]} {program.n_out} {digest}", build_tuned)
     return make_kernel("chain", key, build, work=macs, space=space)
 
 
@@ -114,4 +114,5 @@ class _Work:
     @property
     def _weights(self) -> int:
         """Bytes of all weights."""
-        return 4 * sum(map(self.program.words, range(len(self.program.weights))))
+        words = map(self.program.words, range(len(self.program.weights)))
+        return 4 * self.program.parts * sum(words)

@@ -1,45 +1,49 @@
 """LookupFFN's second half on x86: bits and scores of hashed features, gathers, weighted sums.
 
-Tokens go by in chunks. First their codes and scores are computed, vectors of tables at a time,
-and laid out so that the gather reads them in order. Then every thread takes slices of columns:
-it lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which stays in its
+Tokens go by in chunks, of which each thread takes its own where there are enough. First their
+codes and scores are computed, vectors of tables at a time, and laid out so that the gather reads
+them in order. Then come slices of columns, shared by the threads where the chunk is: a thread
+lets all tokens of the chunk pass over the slice of `TOGETHER` tables, which stays in its
 second-level cache with the sums of the chunk, before it goes on to the next tables. Those are
 read ahead meanwhile, in order and a few lines for each token: as random rows they would come
 from memory several times slower. A token's sums live in registers, so they are loaded and stored
-once for `TOGETHER` rows gathered. A chunk of few tokens is the same loop, bound by the latency
-of memory: the gathers are independent of each other, and rows are prefetched.
+once for `TOGETHER` rows gathered. Few tokens take `TokenByToken` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.lookup import flipped
-from tvmstruct.schedules.builder import argument, fma, i64, loops, prim_func, symbol
+from tvmstruct.schedules.builder import argument, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.hash_tables import ITEM, Tables
 from tvmstruct.schedules.compute.layer_norm import RowNorm
-from tvmstruct.schedules.compute.product_tile import widen
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
-from tvmstruct.schedules.x86.attention_tile import pieces, ramp, registers, scratch, spread
+from tvmstruct.schedules.x86 import stream
+from tvmstruct.schedules.x86.attention_tile import pieces, ramp, scratch
+from tvmstruct.schedules.x86.hash_codes import Hasher
+from tvmstruct.schedules.x86.hash_slices import AHEAD, MANY, Group, SliceWalk
+from tvmstruct.schedules.x86.hash_tokens import TokenByToken
 from tvmstruct.targets import Isa
 
 GROUP = 16  # tables whose codes lie together
 TOGETHER = 8  # tables that pass while a token's sums stay in registers
 CHUNK = 4096  # tokens whose codes are computed at a time
-AHEAD = 2  # tokens whose rows are prefetched
-LINE = 64  # bytes of a cache line
-MANY = 512  # tokens over which reading the next tables ahead is spread
-TO_L2 = tuple(T.int32(value) for value in (0, 2, 1))
-TO_L1 = tuple(T.int32(value) for value in (0, 3, 1))  # to read, first level, data
+APART = 2048  # tokens for each thread from which on it takes chunks of its own
 BLOCK = 16  # tokens hashed by a thread at a time
 SERIAL_BYTES = 128 << 10  # of rows gathered: less is done before a second thread has woken
 MOST_ENTRIES = 512  # of a table, each a few instructions of code
+FEW = 256  # tokens up to which each is read by itself: hardly a row is read twice
+FEW_AT_ONCE = 32  # of them whose sums lie in cache until all tables are through
+STREAM_BYTES = 16 << 20  # of y: more would push the tables out of the caches, and is not kept
+NEAR_BYTES = 384 << 10  # of a token's rows, which with the next one's stay in second-level cache
 
 
 def legal(t: Tables) -> bool:
@@ -54,9 +58,14 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
 
     def nest(rows: int, pick: Pick) -> _Nest:
         options = [c for c in (512, 1024, 2048, 4096, 8192) if c < 2 * rows] or [least]
+        few = int(rows <= FEW and work * ITEM[t.dtype] <= NEAR_BYTES)
+        by_token = bool(pick("by_token", (0, 1) if rows <= MANY else (0,), few))
         chunk = pick("chunk", options, least)
         shared = threads if rows * work * 4 > SERIAL_BYTES else 1
-        return _Nest(chunk, shared)
+        streams = 4 * rows * t.n > STREAM_BYTES and t.n % isa.lanes == 0 and t.epilogue.norm is None
+        many = int(rows >= APART * threads and threads > 1)
+        apart = not by_token and bool(pick("apart", (0, 1), many))
+        return _Nest(chunk, shared, by_token, apart, streams and not by_token)
 
     key = (isa.name, t, nest(rows, pick_default))
     space = Space(t.words, lambda rows, pick: _build(isa, t, nest(rows, pick)))
@@ -67,10 +76,13 @@ def hash_tables(isa: Isa, t: Tables, rows: int, threads: int) -> Kernel:
 
 @dataclass(frozen=True)
 class _Nest:
-    """How tokens are cut, and how many threads share a chunk."""
+    """How tokens are cut, how many threads share a chunk, whether tokens are read one by one."""
 
     chunk: int
     threads: int
+    by_token: bool = False
+    apart: bool = False  # whether each thread takes chunks of its own
+    streams: bool = False  # whether y goes to memory past the caches
 
 
 def _chunk(rows: int) -> int:
@@ -78,22 +90,9 @@ def _chunk(rows: int) -> int:
     return min(CHUNK, 1 << (max(rows, 1) - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class _Group:
-    """``width`` tables from ``table`` on (an expression), and where their entries start."""
-
-    table: Expr | int
-    width: int
-    base: Expr | int  # of the first token's first entry among all codes
-
-
-@dataclass(frozen=True)
-class _Part:
-    """``count`` tables of a group from its ``start``-th on."""
-
-    group: _Group
-    start: Expr | int
-    count: int
+def _entries(t: Tables, nest: _Nest) -> int:
+    """Return the codes of a chunk, with those that are read ahead at its end."""
+    return (nest.chunk * t.h + AHEAD * GROUP) * t.entries
 
 
 def _passes(width: int) -> list[tuple[int, int, int]]:
@@ -112,16 +111,42 @@ class _Body:
     nest: _Nest
     buffers: dict
 
-    def emit(self, m, norm: RowNorm | None) -> None:
+    def emit(self, m: Expr, norm: RowNorm | None) -> None:
         """Emit chunk after chunk."""
         chunk = self.nest.chunk
         with loops((m + (chunk - 1)) // chunk) as (c,):
             first = c * chunk
-            count = T.min(i64(chunk), m - first)
-            self._hash(first, count)
-            self._gather(first, count)
-            if norm is not None:
-                norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
+            self._chunk(first, T.min(i64(chunk), m - first), norm)
+
+    def emit_apart(self, m: Expr, norm: RowNorm | None) -> None:
+        """Let every thread take chunks of its own, all of the same size: no waiting between."""
+        threads, chunk = self.nest.threads, self.nest.chunk
+        turns = (m + (threads * chunk - 1)) // (threads * chunk)
+        each = (m + (threads * turns - 1)) // (threads * turns)
+        with loops(threads, kind=T.parallel) as (thread,):
+            alone = replace(self, nest=replace(self.nest, threads=1), buffers=dict(self.buffers))
+            alone.hold(thread)
+            with loops(turns) as (c,):
+                first = (thread * turns + c) * each
+                alone._chunk(first, T.max(T.min(each, m - first), i64(0)), norm)
+
+    def hold(self, thread: Expr | int = 0) -> None:
+        """Allocate the codes and scores of a chunk, or find those of a thread."""
+        for name, dtype in (("codes", "int32"), ("scores", "float32")):
+            given, size = self.buffers.get(name), i64(_entries(self.t, self.nest))
+            if given is None:
+                self.buffers[name] = T.alloc_buffer((size,), dtype, scope="global")
+            else:
+                own = {"data": given.data, "elem_offset": thread * size}
+                self.buffers[name] = T.decl_buffer((size,), dtype, **own)
+
+    def _chunk(self, first: Expr, count: Expr, norm: RowNorm | None) -> None:
+        """Emit one chunk, from z or from codes that are given."""
+        if "z" in self.buffers:
+            self.hash(first, count)
+        self.gather(first, count)
+        if norm is not None:
+            norm.emit(self.buffers["y"], first, count, parallel=self.nest.threads > 1)
 
     @property
     def _kind(self):
@@ -133,11 +158,12 @@ class _Body:
         out = [(whole, GROUP, 0)] if whole else []
         return [*out, (1, rest, whole * GROUP)] if rest else out
 
-    def _group(self, g: Expr, width: int, before: int) -> _Group:
+    def group(self, g: Expr, width: int, before: int) -> Group:
+        """Return the ``g``-th of the groups of ``width`` tables that follow ``before`` others."""
         each = self.nest.chunk * self.t.entries
-        return _Group(before + g * width, width, before * each + g * (width * each))
+        return Group(before + g * width, width, before * each + g * (width * each))
 
-    def _hash(self, first: Expr, count: Expr) -> None:
+    def hash(self, first: Expr, count: Expr) -> None:
         """Write codes and scores of a chunk, those of a token and a group together."""
         block = min(BLOCK, self.nest.chunk)
         with loops((count + (block - 1)) // block, kind=self._kind) as (b,):
@@ -145,65 +171,23 @@ class _Body:
                 token = b * block + i
                 for groups, width, before in self._groups():
                     with loops(groups) as (g,):
-                        group = self._group(g, width, before)
+                        group = self.group(g, width, before)
                         for start, lanes in pieces(width, self.isa.lanes):
                             self._hash_vector(first, token, group, start, lanes)
 
-    def _hash_vector(self, first: Expr, token: Expr, group: _Group, start: int, lanes: int) -> None:
+    def _hash_vector(self, first: Expr, token: Expr, group: Group, start: int, lanes: int) -> None:
         """Hash ``lanes`` tables of a group."""
-        t = self.t
-        table = group.table + start
-        codes, totals, product = (_Held(lanes, d) for d in ("int32", "float32", "float32"))
-        sizes = [_Held(lanes) for _ in range(t.tau)]
-        decays = [_Held(lanes) for _ in range(t.tau)]
-        for j in range(t.tau):
-            z = _Held(lanes)
-            z.keep(self.buffers["z"][first + token, _strided(table * t.tau + j, t.tau, lanes)])
-            sizes[j].keep(_absolute(z.value, lanes))
-            decays[j].keep(T.exp(sizes[j].value * spread(T.float32(-2), lanes)))
-            one = spread(T.float32(1), lanes)
-            bit = T.Select(
-                z.value > spread(T.float32(0), lanes),
-                _int(1 << (t.tau - 1 - j), lanes),
-                _int(0, lanes),
-            )
-            codes.keep(bit if j == 0 else codes.value | bit)
-            totals.keep(sizes[j].value if j == 0 else totals.value + sizes[j].value)
-            grown = one + decays[j].value
-            product.keep(grown if j == 0 else product.value * grown)
-        weight = _Held(lanes)
-        weight.keep(spread(T.float32(1), lanes) / product.value)
-        base = T.Cast("int32", table) if lanes == 1 else T.ramp(T.Cast("int32", table), 1, lanes)
-        rows = _Held(lanes, "int32")
-        rows.keep(base * _int(1 << t.tau, lanes))
-        at = group.base + token * (group.width * t.entries) + start
-        for e, bits in enumerate(flipped(t.tau, t.flips)):
-            code = codes.value
-            if bits:
-                code = code ^ _int(sum(1 << (t.tau - 1 - j) for j in bits), lanes)
-            row = _Held(lanes, "int32")
-            row.keep(rows.value + code)
-            score = self._score(totals, weight, [(sizes[j], decays[j]) for j in bits], lanes)
-            if "scales" in self.buffers:
-                score = score * self.buffers["scales"][row.value]
-            place = ramp(at + e * group.width, lanes)
-            T.buffer_store(self.buffers["codes"], row.value, [place])
-            T.buffer_store(self.buffers["scores"], score, [place])
+        at = group.base + token * (group.width * self.t.entries) + start
 
-    def _score(self, totals: _Held, weight: _Held, bits: list, lanes: int) -> Expr:
-        """Return the score of the code with some bits flipped (eq. 7)."""
-        value = weight.value
-        for _, decay in bits:
-            value = value * decay.value
-        if not self.t.scaled:  # the exponential need not keep a NaN, the sum does
-            whole = totals.value == totals.value
-            return T.Select(whole, value, totals.value)
-        taken = totals.value
-        for size, _ in bits:
-            taken = taken - size.value * spread(T.float32(2), lanes)
-        return taken * value
+        def keep(e: int, row: Expr, score: Expr) -> None:
+            place = [ramp(at + e * group.width, lanes)]
+            T.buffer_store(self.buffers["codes"], row, place)
+            T.buffer_store(self.buffers["scores"], score, place)
 
-    def _gather(self, first: Expr, count: Expr) -> None:
+        hasher = Hasher(self.t, self.buffers["z"], self.buffers.get("scales"))
+        hasher.emit(first + token, group.table + start, lanes, keep)
+
+    def gather(self, first: Expr, count: Expr) -> None:
         """Add up the rows of all tables, slice by slice; threads take slices and tokens."""
         t, lanes, chunk = self.t, self.isa.lanes, self.nest.chunk
         columns, slices = t.columns(lanes), t.slices(lanes)
@@ -213,18 +197,17 @@ class _Body:
             cut, begin = item // parts, item % parts * step
             tokens = T.max(T.min(i64(step), count - begin), i64(0))
             sums = scratch(step * columns)
-            with loops(tokens, columns // lanes) as (i, v):
-                zero = spread(T.float32(0), lanes)
-                T.buffer_store(sums, zero, [ramp(i * columns + v * lanes, lanes)])
-            for groups, width, before in self._groups():
-                for start, count, times in _passes(width):
-                    with loops(groups, times, tokens) as (g, k, i):
-                        group = self._group(g, width, before)
-                        part = _Part(group, start + k * count, count)
-                        if chunk >= MANY:
-                            self._fetch_tables(part, cut, i, step)
-                        self._add_rows(part, cut, begin + i, sums, i * columns)
-            self._finish(first + begin, tokens, cut, sums)
+            place = (cut, first, begin, tokens, step, sums)
+            walk = SliceWalk(self.isa, t, self.nest.streams, self.buffers, self.group, *place)
+            walk.emit(list(self._runs()))
+            if self.nest.streams:
+                stream.fence()
+
+    def _runs(self) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Yield runs of alike passes: groups, their width, tables before, and `_passes` of one."""
+        for groups, width, before in self._groups():
+            for start, count, times in _passes(width):
+                yield groups, width, before, start, count, times
 
     def _parts(self, slices: int) -> int:
         """Return into how many ranges of tokens a chunk falls, so that threads share evenly."""
@@ -233,125 +216,47 @@ class _Body:
         even = (p for p in range(1, most + 1) if slices * p % threads == 0)
         return 1 if slices >= 4 * threads else next(even, most)
 
-    def _add_rows(self, part: _Part, cut: Expr, token: Expr, sums, at: Expr) -> None:
-        """Add to a token's sums its rows of a few tables."""
-        t, lanes = self.t, self.isa.lanes
-        vectors = t.columns(lanes) // lanes
-        each = part.group.width * t.entries
-        first = part.group.base + token * each + part.start
-        with loops(t.entries, part.count) as (
-            e,
-            k,
-        ):  # the tokens next, or the groups of a single one
-            self._fetch(cut, self.buffers["codes"][first + AHEAD * each + e * part.group.width + k])
-        held = registers(lanes, vectors)
-        for v, register in enumerate(held):
-            T.buffer_store(register, sums[ramp(at + v * lanes, lanes)], [ramp(0, lanes)])
-        with loops(t.entries, part.count) as (e, k):
-            place = first + e * part.group.width + k
-            row = T.Cast("int64", self.buffers["codes"][place])
-            score = spread(self.buffers["scores"][place], lanes)
-            for v, value in enumerate(self._row(cut, row)):
-                total = fma(score, value, held[v][ramp(0, lanes)], lanes, self.isa.fma)
-                T.buffer_store(held[v], total, [ramp(0, lanes)])
-        for v, register in enumerate(held):
-            T.buffer_store(sums, register[ramp(0, lanes)], [ramp(at + v * lanes, lanes)])
 
-    def _fetch_tables(self, part: _Part, cut: Expr, token: Expr, tokens: int) -> None:
-        """Prefetch a token's share of the tables next, in order, into the second-level cache.
+def gather_alone(isa: Isa, t: Tables, rows: int, threads: int) -> tuple[tirx.PrimFunc, int]:
+    """Return what many tokens run after they are hashed, and the tokens of a chunk.
 
-        The tables after the last are the first ones of the next slice.
-        """
-        t, tables = self.t, self.buffers["tables"]
-        lines = max(1, t.columns(self.isa.lanes) * ITEM[t.dtype] // LINE)  # of a row
-        first = (part.group.table + part.start + part.count) * (1 << t.tau)
-        each = -(-(part.count << t.tau) * lines // tokens)  # lines for one token
-        for i in range(each):
-            line = token * each + i
-            column = line % lines * (int(tables.shape[2]) // lines)
-            element = tables[cut, first + line // lines, column]
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L2))
-
-    def _fetch(self, cut: Expr, code: Expr) -> None:
-        """Prefetch a row; past the last token a code may be anything, and its address too."""
-        t, tables = self.t, self.buffers["tables"]
-        size = t.columns(self.isa.lanes) * ITEM[t.dtype]
-        lines = -(-size // LINE)
-        for i in range(lines):
-            element = tables[cut, T.Cast("int64", code), i * (int(tables.shape[2]) // lines)]
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *TO_L1))
-
-    def _row(self, cut: Expr, row: Expr) -> list[Expr]:
-        """Return the vectors of a row of a slice, in float32."""
-        t, lanes, tables = self.t, self.isa.lanes, self.buffers["tables"]
-        count = t.columns(lanes) // lanes
-        if t.dtype == "bf16":
-            words = [tables[cut, row, ramp(i * lanes, lanes)] for i in range(count // 2)]
-            return [widen(word, half, lanes) for word in words for half in (0, 1)]
-        values = [tables[cut, row, ramp(v * lanes, lanes)] for v in range(count)]
-        if t.dtype == "int8":
-            return [T.Cast(f"float32x{lanes}", value) for value in values]
-        return values
-
-    def _finish(self, first: Expr, tokens: Expr, cut: Expr, sums) -> None:
-        """Write a slice of y with bias and residual; the last one may be narrower."""
-        t, lanes = self.t, self.isa.lanes
-        columns, slices = t.columns(lanes), t.slices(lanes)
-        rest = t.n - (slices - 1) * columns
-
-        def write(width: int) -> None:
-            with loops(tokens) as (i,):
-                for start, size in pieces(width, lanes):
-                    column = cut * columns + start
-                    value = sums[ramp(i * columns + start, size)]
-                    if "bias" in self.buffers:
-                        value = value + self.buffers["bias"][ramp(column, size)]
-                    if "residual" in self.buffers:
-                        value = value + self.buffers["residual"][first + i, ramp(column, size)]
-                    T.buffer_store(self.buffers["y"], value, [first + i, ramp(column, size)])
-
-        if rest == columns:
-            write(columns)
-            return
-        with T.If(cut == slices - 1):
-            with T.Then():
-                write(rest)
-            if slices > 1:
-                with T.Else():
-                    write(columns)
+    Arguments are codes and scores, for each thread those of a chunk as `laid_out`, tables, [bias],
+    [residual], y: every chunk of a thread has the same ones. Benchmarks compare this with the
+    bandwidth.
+    """
+    nest = _Nest(_chunk(rows), threads, apart=True, streams=True)
+    return _build(isa, t, nest, hashed=True), nest.chunk
 
 
-class _Held:
-    """A vector that is computed once and used more than once."""
+def laid_out(t: Tables, values: np.ndarray) -> np.ndarray:
+    """Return codes or scores (tokens, h) of tables without neighbours in the order they are read.
 
-    def __init__(self, lanes: int, dtype: str = "float32") -> None:
-        self.buffer = T.alloc_buffer((lanes,), dtype, scope="global")
-        self.lanes = lanes
-
-    def keep(self, value: Expr) -> None:
-        """Hold a value from here on."""
-        T.buffer_store(self.buffer, value, [ramp(0, self.lanes)])
-
-    @property
-    def value(self) -> Expr:
-        """Read it."""
-        return self.buffer[ramp(0, self.lanes)]
+    Those of a few tables lie together, token after token.
+    """
+    assert t.entries == 1, t
+    parts = [values[:, i : i + GROUP].reshape(-1) for i in range(0, t.h, GROUP)]
+    return np.concatenate([*parts, np.zeros(AHEAD * GROUP, values.dtype)])
 
 
-def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
+def _build(isa: Isa, t: Tables, nest: _Nest, *, hashed: bool = False) -> tirx.PrimFunc:
     lanes, epilogue = isa.lanes, t.epilogue
     columns = t.columns(lanes)
 
     def body() -> None:
         m = symbol("m")
-        b = {"z": argument("z", (m, i64(t.h * t.tau)))}
+        if hashed:
+            shape = (i64(nest.threads), i64(_entries(t, nest)))
+            b = {"codes": argument("codes", shape, "int32"), "scores": argument("scores", shape)}
+        else:
+            b = {"z": argument("z", (m, i64(t.h * t.tau)))}
         width, dtype = {
             "f32": (columns, "float32"),
             "bf16": (columns // 2, "int32"),
             "int8": (columns, "int8"),
         }[t.dtype]
         rows = t.h << t.tau
-        b["tables"] = argument("tables", tuple(map(i64, (t.slices(lanes), rows, width))), dtype)
+        shape = (t.slices(lanes), t.stored_rows(lanes), width)
+        b["tables"] = argument("tables", tuple(map(i64, shape)), dtype)
         if t.dtype == "int8":
             b["scales"] = argument("scales", (i64(rows),))
         if epilogue.bias:
@@ -360,23 +265,15 @@ def _build(isa: Isa, t: Tables, nest: _Nest) -> tirx.PrimFunc:
             b["residual"] = argument("residual", (m, i64(t.n)))
         norm = RowNorm.declare(lanes, t.n, epilogue.norm)
         b["y"] = argument("y", (m, i64(t.n)))
-        count = (nest.chunk * t.h + AHEAD * GROUP) * t.entries
-        b["codes"] = T.alloc_buffer((i64(count),), "int32", scope="global")
-        b["scores"] = T.alloc_buffer((i64(count),), "float32", scope="global")
-        _Body(isa, t, nest, b).emit(m, norm)
+        if nest.by_token:
+            TokenByToken(isa, t, min(nest.chunk, FEW_AT_ONCE), nest.threads, b).emit(m, norm)
+            return
+        kernel = _Body(isa, t, nest, b)
+        with stream.imported() if nest.streams else nullcontext():
+            if nest.apart:
+                kernel.emit_apart(m, norm)
+            else:
+                kernel.hold()
+                kernel.emit(m, norm)
 
     return replace_math(prim_func(body))
-
-
-def _strided(first: Expr, stride: int, lanes: int) -> Expr:
-    return first if lanes == 1 else T.ramp(first, stride, lanes)
-
-
-def _int(value: int, lanes: int) -> Expr:
-    return spread(T.int32(value), lanes)
-
-
-def _absolute(value: Expr, lanes: int) -> Expr:
-    """Return ``|value|`` by clearing the sign, which keeps a NaN."""
-    integer, real = ("int32", "float32") if lanes == 1 else (f"int32x{lanes}", f"float32x{lanes}")
-    return T.reinterpret(real, T.reinterpret(integer, value) & _int(0x7FFFFFFF, lanes))

@@ -24,7 +24,7 @@ CASES = [  # h, tau, n, flips, scaled, dtype, epilogue
     Tables(1, 1, 1, 1, True, "int8", PLAIN),
     Tables(33, 2, 33, 0, False, "f32", BIAS),
 ]
-ROWS = (1, 37)
+ROWS = (37, 300)  # token by token in two chunks, and table by table
 
 
 def reference(t: Tables, tables: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_more_tokens_than_a_chunk_and_many_threads(rng):
     t = Tables(18, 3, 40, 0, True, "f32", PLAIN)
     kernels = {
         (rows, threads): hash_tables(ISAS[0], t, rows, threads)
-        for rows, threads in ((9000, 2), (700, 7), (2, 8))
+        for rows, threads in ((9000, 2), (700, 7), (1, 8), (40, 3))
     }
     library = build(ISAS[0], {k.symbol: k.func for k in kernels.values()})
     for (rows, _), kernel in kernels.items():
@@ -115,6 +115,19 @@ def test_stored_tables_are_close(dtype, bound, rng):
 def test_a_row_of_zeros_has_a_scale_that_loses_nothing():
     t = Tables(1, 1, 4, 0, True, "int8", PLAIN)
     assert (t.stored(np.zeros((1, 2, 4))) == 0).all()
+
+
+def test_slices_of_a_row_lie_in_different_sets_of_the_caches():
+    large, small = (
+        Tables(128, 8, 512, 0, True, "f32", PLAIN),
+        Tables(3, 4, 96, 0, True, "f32", PLAIN),
+    )
+    for t in (large, small):
+        lines = t.stored_rows(16) * t.columns(16) * 4 // 64
+        assert len({cut * lines % 64 for cut in range(t.slices(16))}) == t.slices(16)
+    pages = large.stored_rows(16) * large.columns(16) * 4 // 4096
+    assert len({cut * pages % 256 for cut in range(16)}) == 16
+    assert large.stored_rows(16) < 1.02 * (128 << 8)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
