@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.catalogue import RAGGED, normal
+from tests.catalogue import EVEN, RAGGED, normal
 from tests.kernels import build, call, every_isa, finish, gamma_and_beta
 from tvmstruct.ops import Dense, Op
+from tvmstruct.parts import lower_parts
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.compute.sequence import Member
 from tvmstruct.schedules.x86 import X86Kernels, sequence
-from tvmstruct.stages import lower
 from tvmstruct.targets import ISAS
 from tvmstruct.testing import tolerance
 
@@ -40,7 +40,7 @@ class Layers:
         known: dict[int, tuple[int, ...]] = {}
         self.biases = [normal(op.n_out) for op in self.ops]
         for i, (op, epilogue) in enumerate(zip(self.ops, self.epilogues, strict=True)):
-            program = lower(op, isa.lanes)
+            program = lower_parts(op, isa.lanes, 2)
             if id(op) not in known:
                 known[id(op)] = self._take(program.weights)
             numbers = known[id(op)]
@@ -94,6 +94,16 @@ def test_every_family_between_dense_layers(isa, mode, eager):
     library = build(isa, {k.symbol: k.func for _, k in made.values()})
     for layers, kernel in made.values():
         layers.check(library[kernel.symbol])
+
+
+@every_isa
+@pytest.mark.parametrize("mode", MODES)
+def test_parts_of_an_operator(isa, mode, eager):
+    case = next(case for case in EVEN if case.family == "bh4")
+    layers = Layers(isa, case.member(), MODES[mode], "tanh")
+    assert layers.members[1].program.parts == 2
+    kernel = layers.kernel(1 if mode == "none" else 2)
+    layers.check(build(isa, {kernel.symbol: kernel.func})[kernel.symbol])
 
 
 @every_isa
