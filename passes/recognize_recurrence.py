@@ -48,7 +48,8 @@ class RecognizeRecurrence:
     ) -> Layer:
         """Return the hidden layer of a side; what is structured already keeps its form."""
         op = read_hidden(found, side, [compat.constant_array(t) for t in tensors])
-        layer = Layer((self._name(tensors[0]),), op, bias=bias)
+        names = tensors if found.projected else tensors[:1]
+        layer = Layer(tuple(dict.fromkeys(map(self._name, names))), op, bias=bias)
         if not isinstance(op, ops.Dense) and layer.key not in self.forms:
             known = known_form(op)
             reason = "as the source has it"

@@ -220,6 +220,26 @@ def test_unbounded_states_stay_in_f32():
     assert "no known bound" in record.reason
 
 
+def test_projected_states_equal_pytorch():
+    torch.manual_seed(3)
+    lstm = torch.nn.LSTM(N_IN, H, proj_size=4)
+    (plain,) = directions(torch.nn.LSTM(N_IN, H), "lstm")
+    state = {k: v.detach().numpy() for k, v in lstm.state_dict().items()}
+    layer = replace(
+        plain,
+        input=ops.Dense(state["weight_ih_l0"].T), hidden=ops.Dense(state["weight_hh_l0"].T),
+        bias=state["bias_ih_l0"], hidden_bias=state["bias_hh_l0"],
+        projection=ops.Dense(state["weight_hr_l0"].T),
+    )  # fmt: skip
+    assert (layer.h, layer.n_out) == (H, 4)
+    assert layer.params == sum(a.size for a in state.values())
+    x, h, c = torch.randn(STEPS, BATCH, N_IN), torch.randn(1, BATCH, 4), torch.randn(1, BATCH, H)
+    want, (last, memory) = lstm(x, (h, c))
+    got = layer.apply(x.numpy(), h[0].numpy(), c[0].numpy())
+    for a, b in zip(got, (want, last[0], memory[0]), strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), **tolerance("float32", H))
+
+
 def test_operators_survive_json():
     rng = np.random.default_rng(4)
     shared = rng.normal(size=(3, 3))
@@ -258,5 +278,10 @@ def test_refusals():
             Cell("gru"), ops.Dense(np.zeros((3, 9))), ops.Dense(np.zeros((3, 9))),
             peepholes=np.zeros((3, 3)),
         )  # fmt: skip
+    with pytest.raises(ModelError, match="only an lstm has a projection"):
+        gru = ops.Dense(np.zeros((3, 9)))
+        Recurrent(Cell("gru"), gru, gru, projection=ops.Dense(np.zeros((3, 3))))
+    with pytest.raises(ModelError, match="yields 2 features, the hidden matrix takes 3"):
+        Recurrent(Cell("lstm"), dense, dense, projection=ops.Dense(np.zeros((3, 2))))
     with pytest.raises(ModelError, match="cannot be read"):
         Recurrence.read("tvmstruct.recurrence {}")

@@ -145,7 +145,9 @@ class Recurrent:
 
     ``input`` is an operator from ``n_in`` to ``gates * h``, ``hidden`` from ``h`` to
     ``gates * h``; ``bias`` and ``hidden_bias`` are (gates * h,) or None, ``peepholes`` (3, h)
-    for i, f and o or None. Raises ModelError for shapes that do not go together.
+    for i, f and o or None. With ``projection`` from ``h`` to ``n_out`` an ``lstm`` yields, and
+    ``hidden`` takes, ``o * tanh(c') @ projection`` (Sak et al. 2014, PyTorch's ``proj_size``).
+    Raises ModelError for shapes that do not go together.
     """
 
     cell: Cell
@@ -154,10 +156,12 @@ class Recurrent:
     bias: Array | None = None
     hidden_bias: Array | None = None
     peepholes: Array | None = None
+    projection: Op | None = None
 
     def __post_init__(self) -> None:
         cell, h = self.cell, self.h
         want = cell.gates * h
+        self._check_projection()
         for name, op in (("input", self.input), ("hidden", self.hidden)):
             if op.n_out != want:
                 raise ModelError(
@@ -174,9 +178,26 @@ class Recurrent:
         if self.peepholes is not None and cell.kind != "lstm":
             raise ModelError(f"{cell.kind}: only an lstm has peepholes")
 
+    def _check_projection(self) -> None:
+        cell, projection = self.cell, self.projection
+        if projection is None:
+            return
+        if cell.kind != "lstm":
+            raise ModelError(f"{cell.kind}: only an lstm has a projection")
+        if projection.n_out != self.hidden.n_in:
+            raise ModelError(
+                f"{cell.kind}: the projection yields {projection.n_out} features, the hidden "
+                f"matrix takes {self.hidden.n_in}"
+            )
+
     @property
     def h(self) -> int:
-        """Hidden size."""
+        """Hidden size: units of the cell."""
+        return self.hidden.n_in if self.projection is None else self.projection.n_in
+
+    @property
+    def n_out(self) -> int:
+        """Features of a step's result."""
         return self.hidden.n_in
 
     @property
@@ -188,14 +209,17 @@ class Recurrent:
     def params(self) -> int:
         """Stored parameters: matrices, biases, peepholes."""
         vectors = (self.bias, self.hidden_bias, self.peepholes)
-        return (
-            self.input.params + self.hidden.params + sum(v.size for v in vectors if v is not None)
-        )
+        matrices = sum(op.params for op in self._operators)
+        return matrices + sum(v.size for v in vectors if v is not None)
 
     @property
     def macs(self) -> int:
         """Multiply-adds of the matrices for one step of one row."""
-        return self.input.macs + self.hidden.macs
+        return sum(op.macs for op in self._operators)
+
+    @property
+    def _operators(self) -> list[Op]:
+        return [op for op in (self.input, self.hidden, self.projection) if op is not None]
 
     def apply(
         self,
@@ -204,7 +228,7 @@ class Recurrent:
         c: Array | None = None,
         lengths: Array | None = None,
     ) -> tuple[Array, Array, Array | None]:
-        """Return y (s, b, h), the last h (b, h) and c (b, h) of x (s, b, n_in).
+        """Return y (s, b, n_out), the last h (b, n_out) and c (b, h) of x (s, b, n_in).
 
         Row r takes its first ``lengths[r]`` steps; y is 0 after them, h and c are those of the
         last one taken, zeros where there is none, as in ONNX Runtime. c is None but for ``lstm``.
@@ -213,10 +237,10 @@ class Recurrent:
         z = self.input.apply(x)
         if self.bias is not None:
             z = z + self.bias
-        h = np.zeros((rows, self.h), z.dtype) if h is None else h.astype(z.dtype)
+        h = np.zeros((rows, self.n_out), z.dtype) if h is None else h.astype(z.dtype)
         c = np.zeros((rows, self.h), z.dtype) if c is None else c.astype(z.dtype)
         lengths = np.full(rows, steps) if lengths is None else np.asarray(lengths)
-        y = np.zeros((steps, rows, self.h), z.dtype)
+        y = np.zeros((steps, rows, self.n_out), z.dtype)
         for t in range(steps):
             active = np.flatnonzero(t < lengths)
             at = lengths[active] - 1 - t if self.cell.reverse else np.full(len(active), t)
@@ -227,7 +251,7 @@ class Recurrent:
         return y, h, c if self.cell.kind == "lstm" else None
 
     def step(self, z: Array, h: Array, c: Array) -> tuple[Array, Array]:
-        """Return h' and c' (c itself but for ``lstm``) of z (b, gates * h), h and c (b, h)."""
+        """Return h' and c' (c itself but for ``lstm``) of z (b, gates * h), h and c."""
         cell = self.cell
         u = self.hidden.apply(h)
         if self.hidden_bias is not None:
@@ -241,7 +265,8 @@ class Recurrent:
             f = 1 - i if cell.coupled else act[0](self._clip(total[:, 1] + p[1] * c))
             new_c = f * c + i * act[1](self._clip(total[:, 2]))
             o = act[0](self._clip(total[:, 3] + p[2] * new_c))
-            return o * act[2](new_c), new_c
+            new_h = o * act[2](new_c)
+            return new_h if self.projection is None else self.projection.apply(new_h), new_c
         if cell.kind == "rnn":
             return act[0](self._clip(z[:, 0] + u[:, 0])), c
         r, keep = (act[0](self._clip(z[:, k] + u[:, k])) for k in (0, 1))

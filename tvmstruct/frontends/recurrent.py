@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
-from tvmstruct import compat
+from tvmstruct import compat, ops
 from tvmstruct.errors import ModelError
 from tvmstruct.frontends.lookup import emit_operator
 from tvmstruct.op_text import from_json, to_json
@@ -26,6 +26,7 @@ from tvmstruct.recurrent import Activation, Cell, Recurrent
 
 R = relax.op
 SYMBOL = "tvmstruct.recurrence "
+PROJECTED = "projection.weight"
 Constant = Callable[[np.ndarray, str, int], relax.Expr]  # array, which part, direction
 
 
@@ -41,7 +42,8 @@ class Recurrence:
 
     Arguments are lengths (b,) int32 where there are any, h (d * b, h), c (d * b, h) for ``lstm``,
     then of each cell z (s * b, gates * h), the arrays of its hidden operator, hidden bias and
-    peepholes as far as it has them. Results are y (s * b, d * h), h and, for ``lstm``, c.
+    peepholes as far as it has them. Results are y (s * b, d * h), h and, for ``lstm``, c. Hidden
+    operators that are ``projected`` are products of two weights and bear the names of both.
     """
 
     cells: tuple[Cell, ...]
@@ -53,6 +55,7 @@ class Recurrence:
     batch: int
     h: int
     lengths: bool
+    projected: bool = False
 
     @property
     def lstm(self) -> bool:
@@ -75,7 +78,8 @@ class Recurrence:
             )
             lists = {k: tuple(text[k]) for k in ("hidden", "arrays", "biases", "peepholes")}
             numbers = {k: int(text[k]) for k in ("steps", "batch", "h")}
-            return cls(cells, **lists, **numbers, lengths=bool(text["lengths"]))
+            flags = {k: bool(text[k]) for k in ("lengths", "projected")}
+            return cls(cells, **lists, **numbers, **flags)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"recurrent layer {symbol[:200]!r} cannot be read: {error}") from error
 
@@ -98,8 +102,97 @@ def emit_recurrent(
     ``layers`` are one or two directions d of one size and kind; h and c (d, b, h) are zeros where
     they are not given, ``lengths`` (b,) int32 must lie between 0 and s (the caller sees to it).
     ``constant(array, part, direction)`` makes the weights; parts are "input.weight",
-    "input.bias", "hidden.weight", "hidden.bias" and "peepholes".
+    "input.bias", "hidden.weight", "hidden.bias", "peepholes" and "projection.weight". Layers with
+    projections yield and take h of their ``n_out``, all steps taken.
     """
+    if layers[0].projection is not None:
+        assert lengths is None
+        return _emit_projected(bb, x, layers, h, c, constant)
+    return _emit_cells(bb, x, layers, h, c, lengths, constant)
+
+
+def _emit_projected(
+    bb: relax.BlockBuilder,
+    x: relax.Expr,
+    layers: Sequence[Recurrent],
+    h: relax.Expr | None,
+    c: relax.Expr | None,
+    constant: Constant,
+) -> tuple[relax.Expr, relax.Expr, relax.Expr | None]:
+    """Return what layers with projections yield.
+
+    The cells keep what is not projected yet, r: the hidden matrix is the product of projection
+    and ``hidden``, and all r of a sequence are projected together. The first h was projected
+    before, so its share of the gates is added to those of the input.
+    """
+    projections = [layer.projection for layer in layers if layer.projection is not None]
+    assert len(projections) == len(layers)
+    cells = [
+        replace(layer, hidden=ops.product(p, layer.hidden), projection=None)
+        for layer, p in zip(layers, projections, strict=True)
+    ]
+    counts = [len(list(p.arrays())) for p in projections]
+
+    def named(array: np.ndarray, part: str, direction: int) -> relax.Expr:
+        """Tell the arrays of the two factors apart."""
+        if part.startswith("hidden.weight"):
+            number = int(part.removeprefix("hidden.weight").lstrip(".") or 0)
+            rest = number - counts[direction]
+            part = _numbered("hidden.weight", rest) if rest >= 0 else _numbered(PROJECTED, number)
+        return constant(array, part, direction)
+
+    def apply(op: Op, value: relax.Expr, name: str, k: int) -> relax.Expr:
+        return emit_operator(bb, value, op, lambda array, part: constant(array, part, k), name)
+
+    def piece(value: relax.Expr, axis: int, first: int, count: int) -> relax.Expr:
+        return bb.emit(R.strided_slice(value, [axis], [first], [first + count]))
+
+    shares = []
+    if h is not None:
+        shape = compat.static_shape(h)
+        assert shape is not None
+        for k, layer in enumerate(layers):
+            own = bb.emit(R.reshape(piece(h, 0, k, 1), shape[1:]))
+            shares.append(apply(layer.hidden, own, "hidden.weight", k))
+    y, last, memory = _emit_cells(bb, x, cells, None, c, None, named, projected=True, shares=shares)
+    size, parts, ends = cells[0].h, [], []
+    for k, op in enumerate(projections):
+        parts.append(apply(op, piece(y, 2, k * size, size), PROJECTED, k))
+        ends.append(apply(op, piece(last, 0, k, 1), PROJECTED, k))
+    if len(layers) == 1:
+        return parts[0], ends[0], memory
+    return bb.emit(R.concat(parts, 2)), bb.emit(R.concat(ends, 0)), memory
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name
+
+
+def _with_share(
+    bb: relax.BlockBuilder, z: relax.Expr, share: relax.Expr, *, reverse: bool
+) -> relax.Expr:
+    """Return z (s b, gates h) with (b, gates h) added in the step that is taken first."""
+    shape, own = compat.static_shape(z), compat.static_shape(share)
+    assert shape is not None
+    assert own is not None
+    rest = relax.const(np.zeros((shape[0] - own[0], own[1]), np.float32))
+    whole = [rest, share] if reverse else [share, rest]
+    return bb.emit(R.add(z, bb.emit(R.concat(whole, 0)) if shape[0] > own[0] else share))
+
+
+def _emit_cells(
+    bb: relax.BlockBuilder,
+    x: relax.Expr,
+    layers: Sequence[Recurrent],
+    h: relax.Expr | None,
+    c: relax.Expr | None,
+    lengths: relax.Expr | None,
+    constant: Constant,
+    *,
+    projected: bool = False,
+    shares: Sequence[relax.Expr] = (),
+) -> tuple[relax.Expr, relax.Expr, relax.Expr | None]:
+    """Return what layers without projections yield; ``shares`` (b, gates h) meet the first z."""
     shape = compat.static_shape(x)
     assert shape is not None
     assert len(shape) == 3
@@ -119,12 +212,14 @@ def emit_recurrent(
         z = emit_operator(bb, rows, layer.input, weight, "input.weight")
         if layer.bias is not None:
             z = emit(R.add(z, constant(_f32(layer.bias), "input.bias", k)))
+        if shares:
+            z = _with_share(bb, z, shares[k], reverse=layer.cell.reverse)
         own.append(z)
         text, arrays = to_json(layer.hidden)
         texts.append(text)
         counts.append(len(arrays))
         for i, array in enumerate(arrays):
-            own.append(constant(_f32(array), f"hidden.weight.{i}" if i else "hidden.weight", k))
+            own.append(constant(_f32(array), _numbered("hidden.weight", i), k))
         if layer.hidden_bias is not None:
             own.append(constant(_f32(layer.hidden_bias), "hidden.bias", k))
         if layer.peepholes is not None:
@@ -133,7 +228,7 @@ def emit_recurrent(
         tuple(layer.cell for layer in layers), tuple(texts), tuple(counts),
         tuple(layer.hidden_bias is not None for layer in layers),
         tuple(layer.peepholes is not None for layer in layers),
-        steps, batch, size, lengths is not None,
+        steps, batch, size, lengths is not None, projected,
     )  # fmt: skip
     states = [h, c] if call.lstm else [h]
     args = ([] if lengths is None else [lengths]) + [

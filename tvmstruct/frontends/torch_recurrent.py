@@ -25,6 +25,7 @@ from tvmstruct.recurrent import Activation, Cell, Recurrent
 R = relax.op
 KINDS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 PARTS = ("input.weight", "hidden.weight", "input.bias", "hidden.bias")  # as PyTorch lists them
+PROJECTED = "projection.weight"  # the last one, where there is one
 FLOATS = ("float32", "float16", "bfloat16")
 Convert = Callable[[Any, Any], Any]  # node and TVM's importer to its results
 
@@ -79,7 +80,7 @@ class RecurrentLayers:
         """Return y and the last h (and c) of all layers, as PyTorch shapes them."""
         x, hx, params, biases, count, dropout, train, both, batch_first = node.args
         _check(node, params, biases, count * (1 + both), dropout and train)
-        per = 4 if biases else 2
+        per = len(params) // (count * (1 + both))
         sides = [
             self._side(
                 node, kind, name, params[i * per : (i + 1) * per], both and i % 2, names, values
@@ -147,13 +148,14 @@ class RecurrentLayers:
                 f"{node.name} ({node.target}): its weights {', '.join(missing)} are computed at "
                 "run time; only parameters can be compiled"
             )
+        parts = [*PARTS[: len(params) // 2 * 2], *[PROJECTED] * (len(params) % 2)]
         arrays = {
             part: np.asarray(self.read(values[p.name]), np.float32)
-            for part, p in zip(PARTS, params, strict=False)
+            for part, p in zip(parts, params, strict=True)
         }
         if kind != "gru" and "hidden.bias" in arrays:
             arrays["input.bias"] = arrays["input.bias"] + arrays.pop("hidden.bias")
-        sources = {part: names[p.name] for part, p in zip(PARTS, params, strict=False)}
+        sources = {part: names[p.name] for part, p in zip(parts, params, strict=True)}
         held = {part: np.ascontiguousarray(array.T) for part, array in arrays.items()}
         found: dict[str, str] = {}
         for part, array in held.items():
@@ -167,6 +169,7 @@ class RecurrentLayers:
             Dense(held["hidden.weight"]),
             held.get("input.bias"),
             held.get("hidden.bias"),
+            projection=Dense(held[PROJECTED]) if PROJECTED in held else None,
         )
         return layer, found
 
@@ -193,10 +196,11 @@ def _is_zero(value: Any) -> bool:
 
 def _check(node: Any, params: Sequence[Any], biases: bool, sides: int, dropout: float) -> None:
     what = f"{node.name} ({node.target})"
-    if len(params) != sides * (4 if biases else 2):
+    each = 4 if biases else 2
+    if len(params) not in (sides * each, sides * (each + 1)):  # the last: with proj_size
         raise UnsupportedOperatorError(
-            f"{what}: it has {len(params)} parameters for {sides} directions, as with proj_size; "
-            "layers with a projection cannot be compiled"
+            f"{what}: it has {len(params)} parameters for {sides} directions; want {each} or, with "
+            f"a projection, {each + 1} for each"
         )
     if dropout:
         raise UnsupportedOperatorError(f"{what}: it drops out; export the module in eval() mode")
