@@ -15,6 +15,7 @@ from tests.catalogue import EXPRESSIONS, NODES, RAGGED, normal
 from tests.kernels import build, call, every_isa, extras, finish
 from tvmstruct import families, ops
 from tvmstruct.folding import fold
+from tvmstruct.parts import lower_parts
 from tvmstruct.schedules.builder import argument, prim_func
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
 from tvmstruct.schedules.compute.low_precision import pair_vectors, round_bf16
@@ -332,3 +333,16 @@ def test_equal_programs_share_a_kernel_and_different_ones_do_not(rng):
         symbol(a, rows=64, macs=PARALLEL),
     }
     assert len(others) == 5
+
+
+@every_isa
+@pytest.mark.parametrize("paired", [False, True])
+def test_parts_with_weights_of_their_own(isa, paired, rng):
+    op = families.bh4(normal(2, 4, 4, 8, 8), 27, 64)
+    program = lower_parts(op, isa.lanes, 2, paired=paired)
+    assert program.parts == 2
+    epilogue, kernels = EPILOGUES[0], X86Kernels(isa, threads=2)
+    made = {rows: kernels.chain(program, epilogue, rows, PARALLEL) for rows in (1, 3, 37)}
+    library = build(isa, {kernel.symbol: kernel.func for kernel in made.values()})
+    for rows, kernel in made.items():
+        compare(library[kernel.symbol], op, program, rows, rng, epilogue=epilogue)

@@ -12,7 +12,7 @@ from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.hash_tables import Tables
 from tvmstruct.schedules.registry import tuned_kernel
 from tvmstruct.schedules.x86 import X86Kernels
-from tvmstruct.schedules.x86.hash_tables import hash_tables, legal
+from tvmstruct.schedules.x86.hash_tables import gather_alone, hash_tables, laid_out, legal
 from tvmstruct.targets import ISAS
 
 PLAIN, BIAS = Epilogue(False, "none", False, None), Epilogue(True, "none", False, None)
@@ -150,3 +150,19 @@ def test_records_of_tuning_know_everything_but_the_shapes():
 def test_a_large_neighbourhood_has_no_kernel():
     assert legal(Tables(1, 8, 4, 3, True, "f32", PLAIN))
     assert not X86Kernels(ISAS[0]).hashes(Tables(1, 16, 4, 3, True, "f32", PLAIN))
+
+
+@every_isa
+def test_the_gather_alone_adds_up_rows_of_given_codes(isa, rng):
+    t, rows, threads = Tables(37, 3, 48, 0, True, "f32", BIAS), 45, 2
+    func, chunk = gather_alone(isa, t, rows, threads)
+    function = build(isa, {"gather": func.with_attr("global_symbol", "gather")})["gather"]
+    tables, bias = rng.normal(size=(37, 8, 48)).astype(np.float32), rng.normal(size=48)
+    codes = rng.integers(0, 8, (threads, chunk, 37), np.int32) + 8 * np.arange(37, dtype=np.int32)
+    scores = rng.normal(size=codes.shape).astype(np.float32)
+    given = [np.stack([laid_out(t, one) for one in a]) for a in (codes, scores)]
+    given = [tvm.runtime.tensor(a) for a in given]
+    found = call(function, [*given, *arguments(t, tables, isa.lanes), bias.astype("f4")], rows, 48)
+    sums = np.einsum("tik,tikn->tin", scores, tables.reshape(-1, 48)[codes]) + bias
+    want = np.concatenate([sums[0, :23], sums[1, :22]])
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
