@@ -29,7 +29,7 @@ from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
-from tvmstruct.schedules.compute.low_precision import pair_vectors
+from tvmstruct.schedules.compute.low_precision import pack_product
 from tvmstruct.schedules.compute.recurrence import (
     Layout,
     hidden_parts,
@@ -116,11 +116,11 @@ class EmitKernels:
                 return kernel, [x, *words, *self._bias(node), *residual]
             kernel = self.kernels.packed_dense(n_out, n_in, node.epilogue, shape[0])
             return kernel, [x, *self._packed(node), *residual]
-        paired = node.precision != "f32"
-        program = self.store.program(node.key, node.op, self.kernels.lanes, paired=paired)
+        form = self.kernels.product_form(node.precision)
+        program = self.store.program(node.key, node.op, self.kernels.lanes, form)
         kernel = self.kernels.chain(program, node.epilogue, shape[0], node.op.macs)
         weights = [
-            self.store.tensor(f"{node.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+            self.store.tensor(f"{node.key}#stage{i}", lambda i=i: program.stored(i, pack_product))
             for i in range(len(program.weights))
         ]
         return kernel, [x, *map(relax.const, weights), *self._bias(node), *residual]
@@ -246,9 +246,9 @@ class EmitKernels:
         if part != (0, op.n_out // layout.each):
             stop = (first + gates) * layout.each
             op = ops.product(op, ops.Slice(op.n_out, stop, first * layout.each))
-        program = self.store.program(some, op, layout.lanes, paired=False)
+        program = self.store.program(some, op, layout.lanes)
         return program, [
-            self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+            self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pack_product))
             for i in range(len(program.weights))
         ]
 

@@ -82,28 +82,39 @@ def test_precision_does_not_keep_f32_weights():
     assert {str(t.dtype) for key, t in stored.items() if "layer" in key} == {"int32"}
 
 
-PLAN = {
-    "version": 1,
-    "layers": {"layer.0.weight": {"family": "low_rank", "parameters": {"r": 4}}},
-}
+def plan(family: str, **parameters: int) -> dict:
+    return {
+        "version": 1,
+        "layers": {"layer.0.weight": {"family": family, "parameters": parameters}},
+    }
 
 
 @every_precision
-def test_a_planned_layer_takes_bf16_weights_but_not_int8(precision):
-    first, second = compiled(precision, plan=PLAN).report().layers
-    exact_first = compiled("f32", plan=PLAN).report().layers[0]
+def test_a_planned_layer_takes_the_precision(precision):
+    form = plan("low_rank", r=12)
+    exact, rounded = compiled("f32", plan=form), compiled(precision, plan=form)
+    (first, second), exact_first = rounded.report().layers, exact.report().layers[0]
     assert second.form == f"dense {precision}"
+    assert first.form == f"low_rank {precision}"
+    assert exact_first.error < first.error < exact_first.error + 0.01
     if precision == "int8":
-        assert first.form == "low_rank"
-        assert 'f32: structured layers have no "int8" kernel' in first.reason
+        assert "rounded to int8, exact int32 sums in every product" in first.reason
+        assert first.bytes == 12 * (24 + 40) + 8 * (12 + 40)
     else:
-        assert first.form == f"low_rank {precision}"
         assert "weights in bf16" in first.reason
         assert first.bytes == exact_first.bytes // 2
-        assert exact_first.error < first.error < exact_first.error + 0.01
-    exact, rounded = compiled("f32", plan=PLAN), compiled(precision, plan=PLAN)
     x = models.rng(0).normal(size=(7, 24)).astype(np.float32)
     assert 0 < relative(rounded(x), exact(x)) < BOUNDS[precision]
+
+
+@pytest.mark.isa("avx512vnni")
+def test_int8_says_which_blocks_are_too_small():
+    first = compiled("int8", plan=plan("low_rank", r=4)).report().layers[0]
+    assert first.form == "low_rank"
+    assert "f32: blocks of 4 by 40, 24 by 4 are too small to gain from int8" in first.reason
+    first = compiled("int8", plan=plan("lgp_dense", g=6)).report().layers[0]
+    assert first.form == "lgp_dense int8"
+    assert "blocks of 4 by 7, too small to gain, in f32" in first.reason
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

@@ -42,10 +42,10 @@ class WeightStore:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:24]
         return self.tensor(f"{prefix}#{digest}", lambda: array)
 
-    def program(self, key: str, op: ops.Op, lanes: int, *, paired: bool) -> Program:
+    def program(self, key: str, op: ops.Op, lanes: int, form: str = "float") -> Program:
         """Return the stages of a structured operator, lowered once."""
         if key not in self._programs:
-            self._programs[key] = lower(op, lanes, paired=paired)
+            self._programs[key] = lower(op, lanes, form=form)
         return self._programs[key]
 
     def name(self, tensor: tvm.runtime.Tensor) -> str:

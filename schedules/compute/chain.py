@@ -14,17 +14,20 @@ from dataclasses import dataclass, field, replace
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.rounding import EACH, Round
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import Epilogue, Segment, depth_step, row_segments
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.compute.row_steps import Rows, RowSteps, Scratch
+from tvmstruct.schedules.compute.row_words import round_rows
 from tvmstruct.schedules.compute.team import alone, barrier
 from tvmstruct.stages import MatMul, Program, Stage, X, Y, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
 GAP = 16  # features between two rows of scratch: rows a power of two apart share cache sets
+LINE = 64  # bytes, the same for rows of bytes
 OPERANDS = 4  # vectors that a tile over groups reads and uses more than once
 BUSY = 8  # independent sums that hide the latency of an addition
 
@@ -121,7 +124,7 @@ class _Kernel:
             argument(
                 f"w{i}",
                 (i64(self.program.words(i)),),
-                "int32" if i in self.program.pairs else "float32",
+                self.program.type(i),
             )
             for i, _ in enumerate(weights)
         ]
@@ -135,10 +138,9 @@ class _Kernel:
         """Emit all stages for the row blocks of a segment, each an sblock of its own."""
         count, height = segment.count, segment.height
         scratch = [
-            Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
-            if size
-            else None
-            for size in self.program.sizes[Y + 1 :]
+            self._scratch(number, height) if size else None
+            for number, size in enumerate(self.program.sizes)
+            if number > Y
         ]
 
         def rows(first) -> _Block:
@@ -153,6 +155,12 @@ class _Kernel:
                 work = rows(segment.start + vt * height)
                 self.touch(work)
                 self.stages(work)
+
+    def _scratch(self, number: int, height: int) -> Scratch:
+        """Allocate a buffer between stages."""
+        size, dtype = self.program.sizes[number], self.program.types.get(number, "float32")
+        stride = size + GAP if dtype == "float32" else -(-size // LINE) * LINE + LINE
+        return Scratch(T.sblock_alloc_buffer((i64(height * stride),), dtype), stride)
 
     def touch(self, work: _Block) -> None:
         """State what a block of rows reads and writes: else small buffers inside would be named."""
@@ -190,11 +198,12 @@ class _Block:
         """Emit one stage."""
         if isinstance(stage, MatMul):
             self._multiply(stage)
-        elif self.kernel.nest.threads == "team":
-            with alone():
+            return
+        with alone() if self.kernel.nest.threads == "team" else nullcontext():
+            if isinstance(stage, Round):
+                round_rows(stage, self._steps)
+            else:
                 self._steps.emit(stage)
-        else:
-            self._steps.emit(stage)
 
     def finish(self) -> None:
         """Apply the epilogue while the rows are still in cache."""
@@ -249,7 +258,7 @@ class _Block:
             return
         tile = self._tile(s)
         (extent, stride), *more = s.depth
-        chunk = extent if more else depth_step(extent)
+        chunk = extent if more or tile.dots else depth_step(extent)
         if chunk == extent:
             self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
             return
@@ -281,16 +290,15 @@ class _Block:
 
     def _tile(self, s: MatMul) -> Tile:
         """Return the largest tile whose sums fit in registers."""
-        rows, words = self._rows(s), 2 if s.paired else 1
+        rows, words = self._rows(s), 2 if s.form == "pairs" else 1
         if s.vector == "group":
-            each = 1 if s.shared else s.lanes
-            groups, columns, width = s.lanes, s.tile, s.tile * each
-            b_group, b_column = 0 if s.shared else 1, each
+            groups, columns = s.lanes, s.tile
+            b_group, b_column = 0 if s.shared else 1, s.width // s.tile
         else:
             limit = max(1, self._lines(s) // rows) if s.shared else 1
-            groups, columns, width = _divisor(s.groups, limit), s.tile * s.lanes, s.tile * s.lanes
+            groups, columns = _divisor(s.groups, limit), s.tile * s.lanes
             b_group, b_column = 0, 1
-        inner = [width // words]
+        inner = [s.width // words]
         for extent, _ in reversed(s.depth[1:]):
             inner.insert(0, inner[0] * extent)
         return Tile(
@@ -308,8 +316,10 @@ class _Block:
             c_row=self.buffers[s.dst].stride,
             c_group=s.dst_group,
             c_column=s.dst_q,
-            paired=s.paired,
+            form=s.form,
             clear=True,
+            b_more=s.words * s.width if s.form in EACH else 0,
+            s_row=0 if s.scale is None else self.buffers[s.scale].stride,
         )
 
     def _tiles(self, s: MatMul, tile: Tile, chunks: tuple[int, int], part: Part | None) -> None:
@@ -335,7 +345,11 @@ class _Block:
                 (panel * panel_size + chunk * (steps * tile.b_depth[0]),),
                 dst.at(row, s.dst_offset + group * s.dst_group + q * s.dst_q),
             )
-            self._declare(tile, (src.buffer, self.kernel.weights[s.weight], dst.buffer), starts)
+            buffers = src.buffer, self.kernel.weights[s.weight], dst.buffer
+            if s.scale is not None:
+                scales = self.buffers[s.scale]
+                starts, buffers = (*starts, scales.at(row, i64(0))), (*buffers, scales.buffer)
+            self._declare(tile, buffers, starts)
 
     @contextmanager
     def _turns(self, extents: dict[str, int], part: Part | None, *, shared: bool) -> Iterator[dict]:

@@ -15,11 +15,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
-from tvmstruct.schedules.compute.low_precision import quantize
+from tvmstruct.schedules.compute.low_precision import OFFSET, quantize
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
-OFFSET = 128  # makes bytes of the state unsigned
 
 
 @dataclass(frozen=True)
