@@ -13,11 +13,15 @@ from tvmstruct.folding import fold
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.recurrent import Cell
 from tvmstruct.rewrite import Graph, Reject
-from tvmstruct.rounding import BYTES, pays
+from tvmstruct.rounding import BYTES, EACH, HALVES, pays
 from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import round_bf16, rounded_blocks, stored_error
 
 TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
+NOTES = {  # of the forms of `rounding`
+    BYTES: "x and what is between products rounded to int8, a scale for each row, exact sums",
+    HALVES: "x and what is between products rounded to bf16, f32 sums",
+}
 NO_MATRIX = "it has no matrix to round"
 PROBES = 64  # random rows for the error of a structured operator
 
@@ -109,8 +113,10 @@ class ChoosePrecision:
     def _obstacle(self, layer: Layer) -> str | None:
         arrays = self._rounded_arrays(layer.op)
         if not arrays:
-            sizes = ", ".join(f"{p} by {q}" for p, q in _blocks(layer.op))
-            return f"blocks of {sizes} are too small to gain from int8" if sizes else NO_MATRIX
+            sizes = _blocks(layer.op)
+            return f"{_sizes(sizes)} are too small to gain from int8" if sizes else NO_MATRIX
+        if self.precision == "int8":
+            self.kernels.precision("int8")  # raises where the CPU has no such products
         for w in arrays:
             stored = w if self.precision == "int8" else round_bf16(w)
             if not np.isfinite(stored.astype(np.float32)).all():
@@ -131,14 +137,16 @@ class ChoosePrecision:
 
     def _note(self, op: ops.Op) -> str:
         """Return what a structured operator is stored as, and what is not."""
-        if self.precision != "int8":
+        form = self.kernels.product_form(self.precision)
+        if form not in EACH:
             return "weights in bf16, x and arithmetic in f32"
-        note = self.kernels.precision("int8").note
-        rest = [size for size in _blocks(op) if not pays(BYTES, *size)]
-        if not rest:
-            return f"{note} in every product"
-        sizes = ", ".join(f"{p} by {q}" for p, q in rest)
-        return f"{note}; blocks of {sizes}, too small to gain, in f32"
+        note = NOTES[form]
+        rest = [size for size in _blocks(op) if not pays(form, *size)]
+        if len(rest) == len(_blocks(op)):
+            return f"weights in bf16, x and arithmetic in f32: {_sizes(rest)} too small to gain"
+        if rest:
+            note += f"; x of {_sizes(rest)}, too small to gain, in f32"
+        return note
 
     def _bytes(self, op: ops.Op) -> int:
         rounded = self._rounded_arrays(op)
@@ -178,3 +186,7 @@ class ChoosePrecision:
 def _blocks(op: ops.Op) -> list[tuple[int, int]]:
     """Return the different sizes of the blocks of an operator."""
     return sorted({(w.shape[-2], w.shape[-1]) for w in op.arrays() if w.ndim > 1})
+
+
+def _sizes(blocks: list[tuple[int, int]]) -> str:
+    return "blocks of " + ", ".join(f"{p} by {q}" for p, q in blocks)

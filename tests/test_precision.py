@@ -9,8 +9,10 @@ import pytest
 
 import tvmstruct
 from tests import models
+from tests.relax_modules import R, const, module
+from tvmstruct import families
 from tvmstruct.errors import InputError, TargetError
-from tvmstruct.schedules.compute.low_precision import stored_error
+from tvmstruct.schedules.compute.low_precision import rounded_blocks, stored_error
 from tvmstruct.targets import host_features
 
 int8 = pytest.param("int8", marks=pytest.mark.isa("avx512vnni"))
@@ -98,10 +100,13 @@ def test_a_planned_layer_takes_the_precision(precision):
     assert first.form == f"low_rank {precision}"
     assert exact_first.error < first.error < exact_first.error + 0.01
     if precision == "int8":
-        assert "rounded to int8, exact int32 sums in every product" in first.reason
+        assert "between products rounded to int8, a scale for each row" in first.reason
+        assert "too small" not in first.reason
         assert first.bytes == 12 * (24 + 40) + 8 * (12 + 40)
     else:
-        assert "weights in bf16" in first.reason
+        dots = precision == "bf16" and "avx512bf16" in host_features()
+        said = "between products rounded to bf16" if dots else "weights in bf16, x and arithmetic"
+        assert said in first.reason
         assert first.bytes == exact_first.bytes // 2
     x = models.rng(0).normal(size=(7, 24)).astype(np.float32)
     assert 0 < relative(rounded(x), exact(x)) < BOUNDS[precision]
@@ -114,7 +119,7 @@ def test_int8_says_which_blocks_are_too_small():
     assert "f32: blocks of 4 by 40, 24 by 4 are too small to gain from int8" in first.reason
     first = compiled("int8", plan=plan("lgp_dense", g=6)).report().layers[0]
     assert first.form == "lgp_dense int8"
-    assert "blocks of 4 by 7, too small to gain, in f32" in first.reason
+    assert "x of blocks of 4 by 7, too small to gain, in f32" in first.reason
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
@@ -136,9 +141,40 @@ def test_unknown_precisions_are_refused():
             compiled(precision)
 
 
-def test_int8_needs_its_instruction():
+@pytest.mark.parametrize("cpu", ["x86-64-v3", "znver2"])
+def test_int8_needs_its_instruction(cpu):
     with pytest.raises(TargetError, match="needs avx512vnni or avxvnni"):
-        compiled("int8", target="llvm -mcpu=x86-64-v3")
+        compiled("int8", target=f"llvm -mcpu={cpu}")
+    with pytest.raises(TargetError, match="needs avx512vnni or avxvnni"):
+        structured(f"llvm -mcpu={cpu}")
+
+
+STRUCTURED = families.lgp_shuffle(models.rng(0).normal(size=(4, 12, 20)).astype(np.float32))
+
+
+def structured(target: str = "host", precision: str = "int8"):
+    """Compile a model whose only layer is structured, found without a plan."""
+    w = const(STRUCTURED.to_dense())
+    mod = module(lambda emit, x: emit(R.matmul(x, w)), (5, 48))
+    return tvmstruct.compile(mod, target=target, precision=precision)
+
+
+@every_precision
+def test_a_recovered_layer_saves_and_loads(precision, tmp_path):
+    model = structured(precision=precision)
+    (layer,) = model.report().layers
+    assert layer.form == f"lgp_shuffle {precision}"
+    w = STRUCTURED.to_dense()
+    x = models.rng(1).normal(size=(5, 48)).astype(np.float32)
+    found = model(x)
+    assert 0 < relative(found, x @ w) < BOUNDS[precision]
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(tvmstruct.load(tmp_path / "model")(x), found)
+    if precision == "int8":
+        blocks = next(STRUCTURED.arrays())
+        assert layer.error == pytest.approx(
+            np.linalg.norm(rounded_blocks(blocks) - blocks) / np.linalg.norm(blocks), rel=0.2
+        )
 
 
 @pytest.mark.isa("avx2")

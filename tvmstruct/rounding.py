@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-BYTES = "bytes"  # words of four int8
-EACH = {BYTES: 4}  # neighbours in a word
-TYPES = {BYTES: "uint8"}  # of a rounded feature
-MORE = {BYTES: 2}  # rows of a panel after the words: where the sums start, and their scales
-ROUNDING, SCALING = 6, 3  # see `pays`
+BYTES, HALVES = "bytes", "halves"  # words of four int8, or of two bfloat16
+EACH = {BYTES: 4, HALVES: 2}  # neighbours in a word
+TYPES = {BYTES: "uint8", HALVES: "uint16"}  # of a rounded feature
+MORE = {BYTES: 2, HALVES: 0}  # rows of a panel after the words: starts of sums, and their scales
+ROUNDING, SCALING = {BYTES: 3, HALVES: 2}, {BYTES: 3, HALVES: 0}  # see `pays`
 Dim = tuple[int, int]  # extent, stride
 
 
@@ -41,15 +41,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Round:
-    """Round the features of ``source`` to ``dst``, in order or ``gathered``; a scale for each row.
+    """Round the features of ``source`` to ``dst``, in order or ``gathered``.
 
-    In int8 a feature is kept as ``rint(127 v / t) + offset``, where t is the largest magnitude of
-    the features of the row, and ``scale`` takes t / 127.
+    In int8 a feature is kept as ``rint(127 v / t) + 128``, where t is the largest magnitude of
+    the features of the row, and the buffer ``scale`` takes t / 127.
     """
 
     source: Source
     dst: int
-    scale: int
+    scale: int | None
     form: str
     gathered: bool
 
@@ -123,7 +123,8 @@ def pays(form: str, p: int, q: int) -> bool:
     """Return whether blocks of p by q take fewer instructions in words than in float32.
 
     Beside the products themselves, rounding costs as much as ``ROUNDING`` products of each
-    input, and bringing a sum back to float32 ``SCALING`` of each output.
+    input, and bringing a sum back to float32 ``SCALING`` of each output: what blocks of 4 by 4 to
+    128 by 64 take, at 1 and 64 rows, says so within a fifth.
     """
     words = math.ceil(p / EACH[form])
-    return p * q > words * q + ROUNDING * p + SCALING * q
+    return p * q > words * q + ROUNDING[form] * p + SCALING[form] * q

@@ -24,7 +24,18 @@ import numpy as np
 
 from tvmstruct import ops
 from tvmstruct.folding import fold, hadamard
-from tvmstruct.rounding import EACH, MORE, TYPES, Round, Source, ordered, pays, words_of
+from tvmstruct.rounding import (
+    BYTES,
+    EACH,
+    HALVES,
+    MORE,
+    TYPES,
+    Round,
+    Source,
+    ordered,
+    pays,
+    words_of,
+)
 
 X, Y = 0, 1  # buffers of every program; scratch buffers follow
 Dim = tuple[int, int]  # extent, stride
@@ -81,6 +92,11 @@ class MatMul:
     def macs(self) -> int:
         """Multiply-adds for one row, those with padding included."""
         return self.groups * self.p * self.q
+
+    @property
+    def steps(self) -> int:
+        """The same in multiply-adds of float32 that take as long."""
+        return self.groups * self.words * self.q
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,11 @@ class Program:
     def products(self) -> list[MatMul]:
         """The stages that multiply."""
         return [stage for stage in self.stages if isinstance(stage, MatMul)]
+
+    def steps(self, macs: int) -> int:
+        """Return how many multiply-adds in float32 take as long as ``macs`` of this program."""
+        all_macs = sum(product.macs for product in self.products)
+        return macs * sum(product.steps for product in self.products) // max(1, all_macs)
 
     def product(self, weight: int) -> MatMul | None:
         """Return the product that a weight belongs to, or None for a diagonal."""
@@ -471,7 +492,7 @@ class _Lowering:
         _, p, q = w.shape
         form = self.form
         if form in EACH and (signs or not pays(form, p, q)):
-            form = "float"
+            form = "pairs" if form == HALVES else "float"
         found = self._source(x, groups, p)
         near = found is not None and 1 in (found.groups[1], *(s for _, s in found.depth))
         if found is None or (form in EACH and not near):
@@ -501,7 +522,7 @@ class _Lowering:
         chosen = source if gathered else inner
         stage = self.rounded.get(chosen)
         if stage is None:
-            scale = self.new_buffer(1)
+            scale = self.new_buffer(1) if form == BYTES else None
             stage = Round(chosen, len(self.program.sizes), scale, form, gathered)
             self.new_buffer(stage.size, TYPES[form])
             self.emit(stage)

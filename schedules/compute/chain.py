@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.rounding import EACH, Round
+from tvmstruct.rounding import BYTES, Round
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import Epilogue, Segment, depth_step, row_segments
 from tvmstruct.schedules.compute.layer_norm import RowNorm
@@ -53,11 +53,17 @@ Part = tuple[str, object, int]  # an axis of tiles, which part of it, of how man
 
 
 def chain(
-    program: Program, nest: RowNest, epilogue: Epilogue, lanes: int, rows: int | None = None
+    program: Program,
+    nest: RowNest,
+    epilogue: Epilogue,
+    lanes: int,
+    rows: int | None = None,
+    llvm: str = "",
 ) -> tuple[tirx.PrimFunc, list[Tile]]:
     """Return the definition and the tiles that its product blocks name.
 
     Arguments are x, the weights, [bias], [residual], [gamma, beta], y; ``rows=None`` is symbolic.
+    ``llvm`` is source of functions that are called.
     """
     tiles: dict[Tile, int] = {}
 
@@ -68,9 +74,12 @@ def chain(
         heights = nest.heights
         if nest.block > heights[0]:
             heights = (nest.block, *heights)
-        with T.sblock("root"):  # by hand: a single product would be taken for it
+        with ExitStack() as stack:
+            stack.enter_context(T.sblock("root"))  # by hand: a single product would be taken for it
             T.reads()
             T.writes()
+            if llvm:
+                stack.enter_context(T.attr(T.int64(0), "pragma_import_llvm", llvm))
             for segment in row_segments(m if rows is None else rows, heights):
                 many = segment.height >= nest.heights[0]
                 kernel.emit(segment, parallel=nest.threads == "rows" and many)
@@ -219,7 +228,7 @@ class _Block:
     def _steps(self) -> RowSteps:
         return RowSteps(self.kernel.lanes, self.height, self.buffers, self.kernel.weights)
 
-    def _shared(self, macs: int) -> bool:
+    def _shared(self, steps: int) -> bool:
         """Return whether threads share so many multiply-adds for each row of the block.
 
         One row waits for its weights as long as two rows take to multiply.
@@ -227,13 +236,13 @@ class _Block:
         nest = self.kernel.nest
         if nest.threads == "team":
             return True
-        return nest.threads == "stages" and macs * max(2, self.height) > nest.shared_macs
+        return nest.threads == "stages" and steps * max(2, self.height) > nest.shared_macs
 
     def shards(self, a: Stage, b: Stage) -> int:
         """Return into how many independent parts two stages fall, one for each thread, or 1."""
         if not (isinstance(a, MatMul) and isinstance(b, MatMul) and separable(a, b)):
             return 1
-        if not self._shared(a.macs + b.macs):
+        if not self._shared(a.steps + b.steps):
             return 1
         columns, groups = a.q // self._tile(a).columns, b.groups // self._tile(b).groups
         most = self.kernel.nest.workers
@@ -318,7 +327,7 @@ class _Block:
             c_column=s.dst_q,
             form=s.form,
             clear=True,
-            b_more=s.words * s.width if s.form in EACH else 0,
+            b_more=s.words * s.width if s.form == BYTES else 0,
             s_row=0 if s.scale is None else self.buffers[s.scale].stride,
         )
 
@@ -335,7 +344,7 @@ class _Block:
         panels = (1 if s.shared else extents["group"]) * columns
         panel_size = self.kernel.program.words(s.weight) // panels
         (steps, stride), *_ = tile.depth
-        with self._turns(extents, part, shared=part is None and self._shared(s.macs)) as at:
+        with self._turns(extents, part, shared=part is None and self._shared(s.steps)) as at:
             chunk = at["chunk"] + first
             row, group = at["row"] * tile.rows, at["group"] * tile.groups
             q = at["column"] * tile.columns

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from tvmstruct.rounding import BYTES, HALVES
+
 LARGEST = 127  # of a symmetric int8; -128 is not used, so that negation is exact
 OFFSET = 128  # makes bytes of x unsigned
 ROUNDER = 1.5 * 2**23 + OFFSET  # added to v, its low byte is rint(v) + 128 in two's complement
@@ -52,7 +54,11 @@ def pair_vectors(w: np.ndarray, lanes: int) -> np.ndarray:
 
 def pack_product(w: np.ndarray, form: str, words: int, width: int) -> np.ndarray:
     """Return the words of a product's flat float32 weight in a form of `stages.MatMul`."""
-    return pair_vectors(w, width) if form == "pairs" else byte_panels(w, words, width)
+    if form == BYTES:
+        return byte_panels(w, words, width)
+    if form == HALVES:
+        return round_bf16(w).view(np.int32)
+    return pair_vectors(w, width)
 
 
 def byte_panels(w: np.ndarray, words: int, width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
-from tvmstruct.rounding import EACH, TYPES
+from tvmstruct.rounding import BYTES, EACH, TYPES
 from tvmstruct.schedules.builder import block, i64, loops
 from tvmstruct.stages import Dim
 
@@ -31,9 +31,10 @@ class Tile:
     outputs; vectors run along the groups where ``over_groups``, else along the columns.
 
     What a word of ``b`` holds says the ``form``: one "float", or "pairs", bfloat16 for two
-    neighbouring vectors. In "bytes" a step of the depth are four unsigned bytes of ``a`` and four
-    signed ones of a word. There ``b_more`` words from the first step the sums start, one more
-    step away are the bits of their scales, and a fourth buffer has those of the rows of ``a``.
+    neighbouring vectors. A step of the depth are two bfloat16 of ``a`` and of a word in "halves",
+    four unsigned bytes and four signed ones in "bytes". There the sums start ``b_more`` words from
+    the first step, one step on are the bits of their scales, and a fourth buffer has those of the
+    rows of ``a``.
     """
 
     rows: int
@@ -66,11 +67,16 @@ class Tile:
         return self.form in EACH
 
     @property
+    def scaled(self) -> bool:
+        """Whether sums are integers, with scales for their rows and columns."""
+        return self.form == BYTES
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
-        """Types of the buffers a, b, c and, where it has rows with scales, s."""
-        if self.dots:
-            return TYPES[self.form], "int32", "float32", "float32"
-        return "float32", "int32" if self.paired else "float32", "float32"
+        """Types of the buffers a, b, c and, where rows have scales, s."""
+        a = TYPES.get(self.form, "float32")
+        found = (a, "float32" if self.form == "float" else "int32", "float32")
+        return (*found, "float32") if self.scaled else found
 
     @property
     def span(self) -> tuple[tuple[int, ...], ...]:
@@ -79,11 +85,11 @@ class Tile:
         a += EACH.get(self.form, 1)
         c = (self.groups - 1) * self.c_group + (self.columns - 1) * self.c_column + 1
         b = sum((e - 1) * s for (e, _), s in zip(self.depth, self.b_depth, strict=True))
-        b = self.b_more + self.b_depth[-1] if self.dots else b
+        b = self.b_more + self.b_depth[-1] if self.scaled else b
         words = self.columns // 2 if self.paired else self.columns
         b += (self.groups - 1) * self.b_group + (words - 1) * self.b_column + 1
         found = self._rows(a, self.a_row), (b,), self._rows(c, self.c_row)
-        return (*found, self._rows(1, self.s_row)) if self.dots else found
+        return (*found, self._rows(1, self.s_row)) if self.scaled else found
 
     def _rows(self, span: int, stride: int | None) -> tuple[int, ...]:
         return (self.rows, span) if stride is None else ((self.rows - 1) * stride + span,)
@@ -125,8 +131,8 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
 
     Axes of extent one would be simplified away while scheduling, so they are left out.
     """
-    if tile.dots:
-        _emit_dots(tile, buffers, starts)
+    if tile.scaled:
+        _emit_bytes(tile, buffers, starts)
         return
     (a, b, c), (a0, b0, c0) = buffers, starts
     place = _place
@@ -141,6 +147,9 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
     reduce = {f"depth{i}": extent for i, (extent, _) in enumerate(tile.depth)}
     with _axes("update", outer, reduce) as at:
         row, group, depth = at["row"], at["group"], [at[name] for name in reduce]
+        if tile.dots:
+            _add_halves(tile, buffers, starts, (row, group, depth, at["column"]))
+            return
         word, columns = at["column"], [at["column"]]
         if tile.paired:
             word = word * width + at["lane"]
@@ -153,7 +162,20 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
             T.buffer_store(c, c[tuple(to)] + left * weight, to)
 
 
-def _emit_dots(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
+def _add_halves(tile: Tile, buffers: tuple, starts: Sequence[Start], at: tuple) -> None:
+    """Add the two products of a word of bfloat16."""
+    (a, b, c), (a0, b0, c0), (row, group, depth, column) = buffers, starts, at
+    *first, last = _place(a0, tile.a(row, group, depth))
+    word = b[tuple(_place(b0, tile.b(group, depth, column)))]
+    to = _place(c0, tile.c(row, group, column))
+    total = c[tuple(to)]
+    for half in range(EACH[tile.form]):
+        left = T.cast(a[(*first, last + half)], "int32") << T.int32(16)
+        total = total + T.reinterpret("float32", left) * widen(word, half, 1)
+    T.buffer_store(c, total, to)
+
+
+def _emit_bytes(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
     """Emit a tile of bytes: sums as they start, then products one by one, all of them scaled."""
     (a, b, c, s), (a0, b0, c0, s0) = buffers, starts
     outer = {"row": tile.rows, "group": tile.groups, "column": tile.columns}

@@ -62,7 +62,7 @@ class X86Kernels:
 
     def product_form(self, precision: str) -> str:
         """Return the form of the products of a structured operator in a precision."""
-        return product_form(precision)
+        return product_form(precision, self.isa, self.features)
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""

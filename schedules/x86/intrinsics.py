@@ -12,8 +12,10 @@ from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.rounding import BYTES, EACH, HALVES
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile, widen
+from tvmstruct.schedules.x86.bf16_words import DOT
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.targets import Isa
 
@@ -128,7 +130,7 @@ def _product_implementation(isa: Isa, tile: Tile) -> tirx.PrimFunc:
 
     def body() -> None:
         buffers = _tile_arguments(tile, strided=True)
-        code = (_ByteProduct if tile.dots else _Product)(tile, buffers)
+        code = _FORMS.get(tile.form, _Product)(tile, buffers)
         with T.sblock("root"):
             touch_tile(tile, buffers, _starts(tile))
             shape = (len(code.lines), code.vectors)
@@ -216,7 +218,23 @@ class _Product:
         return (*index[:-1], T.ramp(index[-1], 1, self.tile.lanes))
 
 
-class _ByteProduct(_Product):
+class _HalfProduct(_Product):
+    """Words of two bfloat16, whose products are added up in float32."""
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """Sums from zero of dot products."""
+        name, kind = DOT.format(lanes=self.tile.lanes), f"float32x{self.tile.lanes}"
+        return {"dot": lambda *operands: T.call_pure_extern(kind, name, *operands)}
+
+    def _left(self, row: int, group: int, at: list):
+        *first, last = self.tile.a(row, group, at)
+        lanes = self.tile.lanes if self.tile.over_groups else 1
+        words = self.a[(*first, T.ramp(last, 1, EACH[self.tile.form] * lanes))]
+        return self._spread(T.reinterpret(f"int32x{lanes}" if lanes > 1 else "int32", words), lanes)
+
+
+class _ByteProduct(_HalfProduct):
     """Words of four bytes, whose products are added up in int32, exactly."""
 
     @property
@@ -231,18 +249,15 @@ class _ByteProduct(_Product):
 
         return {"start": start, "dtype": "int32", "dot": dot}
 
-    def _left(self, row: int, group: int, at: list):
-        *first, last = self.tile.a(row, group, at)
-        lanes = self.tile.lanes if self.tile.over_groups else 1
-        words = self.a[(*first, T.ramp(last, 1, 4 * lanes))]
-        return self._spread(T.reinterpret(f"int32x{lanes}" if lanes > 1 else "int32", words), lanes)
-
     def _value(self, total, row: int, v: int):
         tile, lanes = self.tile, self.tile.lanes
         bits, many = self._columns(tile.more(0, self._column(v))[1])
         scale = T.reinterpret("float32" if many == 1 else f"float32x{many}", bits)
         row_scale = T.broadcast(self.buffers[3][tile.s(row)], lanes)
         return T.cast(total, f"float32x{lanes}") * row_scale * self._spread(scale, many)
+
+
+_FORMS = {BYTES: _ByteProduct, HALVES: _HalfProduct}
 
 
 def byte_dot(total, left, right, lanes: int):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvmstruct.errors import TargetError
-from tvmstruct.rounding import BYTES
+from tvmstruct.rounding import BYTES, HALVES
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.low_precision import (
     OFFSET,
@@ -69,8 +69,10 @@ def precision(name: str, isa: Isa, features: frozenset[str]) -> Precision:
     return Precision(name, isa, note, ("words",), bf16_weight_dense, _bf16)
 
 
-def product_form(name: str) -> str:
+def product_form(name: str, isa: Isa, features: frozenset[str]) -> str:
     """Return the form of the products of structured layers in a precision."""
+    if name == "bf16" and isa.name == "avx512" and BF16 in features:
+        return HALVES
     return {"f32": "float", "int8": BYTES}.get(name, "pairs")
 
 
