@@ -15,19 +15,31 @@ from tvm import relax
 
 from tvmstruct import compat, ops
 from tvmstruct.errors import TargetError
+from tvmstruct.folding import fold
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.recurrent import Cell
 from tvmstruct.rewrite import Graph, Reject
+from tvmstruct.rounding import BYTES, EACH, HALVES, pays
 from tvmstruct.schedules import Kernels
-from tvmstruct.schedules.compute.low_precision import DYNAMIC, round_bf16, stored_error
+from tvmstruct.schedules.compute.low_precision import (
+    DYNAMIC,
+    round_bf16,
+    rounded_blocks,
+    stored_error,
+)
 
 TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
 INEXACT = "f32: the target cannot multiply bytes; ONNX Runtime rounds activations here"
+NOTES = {  # of the forms of `rounding`
+    BYTES: "x and what is between products rounded to int8, a scale for each row, exact sums",
+    HALVES: "x and what is between products rounded to bf16, f32 sums",
+}
+NO_MATRIX = "it has no matrix to round"
 PROBES = 64  # random rows for the error of a structured operator
 
 
 class ChoosePrecision:
-    """Mark what a precision can hold; int8 leaves structured layers in f32, but not tables."""
+    """Mark what a precision can hold, and what gains from it."""
 
     name = "choose_precision"
 
@@ -114,6 +126,8 @@ class ChoosePrecision:
         """Return why a hidden matrix cannot be multiplied in int8, or None."""
         if self.precision != "int8":
             return "products with the state have kernels in f32 and int8 only"
+        if not isinstance(layer.op, ops.Dense):
+            return "structured products with the state have kernels in f32 only"
         if (why := self._obstacle(layer)) is not None:
             return why
         if not cell.bounded or cell.split_reset:
@@ -133,10 +147,13 @@ class ChoosePrecision:
         return self.table.call(made, arguments(call), shape)
 
     def _obstacle(self, layer: Layer) -> str | None:
-        dense = isinstance(layer.op, ops.Dense)
-        if not dense and self.precision == "int8":
-            return f'structured layers have no "{self.precision}" kernel'
-        for w in _rounded_arrays(layer.op):
+        arrays = self._rounded_arrays(layer.op)
+        if not arrays:
+            sizes = _blocks(layer.op)
+            return f"{_sizes(sizes)} are too small to gain from int8" if sizes else NO_MATRIX
+        if self.precision == "int8":
+            self.kernels.precision("int8")  # raises where the CPU has no such products
+        for w in arrays:
             stored = w if self.precision == "int8" else round_bf16(w)
             if not np.isfinite(stored.astype(np.float32)).all():
                 return f"the weight has values that {self.precision} cannot hold"
@@ -148,33 +165,66 @@ class ChoosePrecision:
             error = stored_error(layer.op.w, self.precision)
             form.reason = self.kernels.precision(self.precision).note
         else:
-            error = _rounding_error(layer.op)
-            note = "weights in bf16, x and arithmetic in f32"
+            error = self._rounding_error(layer.op)
+            note = self._note(layer.op)
             form.reason = f"{form.reason}; {note}" if form.reason else note
         form.error = math.hypot(form.error, error)
         form.bytes = self._bytes(layer.op, self.precision)
 
+    def _note(self, op: ops.Op) -> str:
+        """Return what a structured operator is stored as, and what is not."""
+        form = self.kernels.product_form(self.precision)
+        if form not in EACH:
+            return "weights in bf16, x and arithmetic in f32"
+        note = NOTES[form]
+        rest = [size for size in _blocks(op) if not pays(form, *size)]
+        if len(rest) == len(_blocks(op)):
+            return f"weights in bf16, x and arithmetic in f32: {_sizes(rest)} too small to gain"
+        if rest:
+            note += f"; x of {_sizes(rest)}, too small to gain, in f32"
+        return note
+
     def _bytes(self, op: ops.Op, precision: str) -> int:
-        if precision in ("int8", DYNAMIC):
+        if precision == DYNAMIC:
             return op.params + 8 * op.n_out
-        return 4 * op.params - 2 * sum(w.size for w in _rounded_arrays(op))
+        rounded = self._rounded_arrays(op)
+        if precision != "int8":
+            return 4 * op.params - 2 * sum(w.size for w in rounded)
+        stored = sum(w.size + 8 * (w.size // w.shape[-2]) for w in rounded)
+        return stored + 4 * (op.params - sum(w.size for w in rounded))
+
+    def _rounded_arrays(self, op: ops.Op) -> list[np.ndarray]:
+        """Return the arrays that the precision rounds: diagonals are vectors and stay in f32."""
+        return [w for w in op.arrays() if self._rounds(w, dense=isinstance(op, ops.Dense))]
+
+    def _rounds(self, w: np.ndarray, *, dense: bool = False) -> bool:
+        if w.ndim == 1:
+            return False
+        return dense or self.precision != "int8" or pays(BYTES, *w.shape[-2:])
+
+    def _rounding_error(self, op: ops.Op) -> float:
+        """Return the relative Frobenius error of an operator, estimated on random rows.
+
+        Never dense: that may be a thousand times larger.
+        """
+
+        def stored(w: np.ndarray) -> np.ndarray:
+            if not self._rounds(w):
+                return w
+            return rounded_blocks(w) if self.precision == "int8" else round_bf16(w).astype(float)
+
+        x = np.random.default_rng(0).standard_normal((PROBES, op.n_in))
+        y = op.apply(x)
+        norm = float(np.linalg.norm(y))
+        kept = op if self.precision != "int8" else fold(op)  # scales are those of folded weights
+        found = ops.map_arrays(kept, stored).apply(x)
+        return float(np.linalg.norm(found - y)) / norm if norm else 0.0
 
 
-def _rounded_arrays(op: ops.Op) -> list[np.ndarray]:
-    """Return the arrays that low precision rounds: diagonals are vectors and stay in f32."""
-    return [w for w in op.arrays() if w.ndim > 1]
+def _blocks(op: ops.Op) -> list[tuple[int, int]]:
+    """Return the different sizes of the blocks of an operator."""
+    return sorted({(w.shape[-2], w.shape[-1]) for w in op.arrays() if w.ndim > 1})
 
 
-def _rounding_error(op: ops.Op) -> float:
-    """Return the relative Frobenius error of an operator in bf16, estimated on random rows.
-
-    Never dense: that may be a thousand times larger.
-    """
-
-    def stored(w: np.ndarray) -> np.ndarray:
-        return w if w.ndim == 1 else round_bf16(w).astype(np.float64)
-
-    x = np.random.default_rng(0).standard_normal((PROBES, op.n_in))
-    y = op.apply(x)
-    norm = float(np.linalg.norm(y))
-    return float(np.linalg.norm(ops.map_arrays(op, stored).apply(x) - y)) / norm if norm else 0.0
+def _sizes(blocks: list[tuple[int, int]]) -> str:
+    return "blocks of " + ", ".join(f"{p} by {q}" for p, q in blocks)

@@ -31,7 +31,7 @@ from tvmstruct.rewrite import Graph
 from tvmstruct.schedules import Kernels, Precision
 from tvmstruct.schedules.compute.dense import pack, pack_heads, pad_heads
 from tvmstruct.schedules.compute.embedding import Rows, Tensors, pack_table
-from tvmstruct.schedules.compute.low_precision import DYNAMIC, pair_vectors
+from tvmstruct.schedules.compute.low_precision import DYNAMIC, pack_product
 from tvmstruct.schedules.compute.recurrence import (
     Layout,
     hidden_parts,
@@ -132,14 +132,14 @@ class EmitKernels:
 
     def _staged(self, layer: Layer) -> tuple[Program, list[relax.Expr]]:
         """Return the stages of a layer and their weights."""
-        paired = layer.precision != "f32"
+        form = self.kernels.product_form(layer.precision)
         program = self.store.program(
-            layer.key, layer.op, self.kernels.lanes, paired=paired, parts=self.kernels.threads
+            layer.key, layer.op, self.kernels.lanes, form, parts=self.kernels.threads
         )
         return program, [
             relax.const(
                 self.store.tensor(
-                    f"{layer.key}#stage{i}", lambda i=i: program.stored(i, pair_vectors)
+                    f"{layer.key}#stage{i}", lambda i=i: program.stored(i, pack_product)
                 )
             )
             for i in range(len(program.weights))
@@ -277,9 +277,9 @@ class EmitKernels:
         if part != (0, op.n_out // layout.each):
             stop = (first + gates) * layout.each
             op = ops.product(op, ops.Slice(op.n_out, stop, first * layout.each))
-        program = self.store.program(some, op, layout.lanes, paired=False)
+        program = self.store.program(some, op, layout.lanes)
         return program, [
-            self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pair_vectors))
+            self.store.tensor(f"{some}#stage{i}", lambda i=i: program.stored(i, pack_product))
             for i in range(len(program.weights))
         ]
 

@@ -55,6 +55,10 @@ class Kernels(Protocol):
         """Return how dense layers of that precision are computed, or raise TargetError."""
         ...
 
+    def product_form(self, precision: str) -> str:
+        """Return the form of products of structured layers in a precision: see `stages.MatMul`."""
+        ...
+
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator."""
         ...

@@ -9,8 +9,10 @@ import pytest
 
 import tvmstruct
 from tests import models
+from tests.relax_modules import R, const, module
+from tvmstruct import families
 from tvmstruct.errors import InputError, TargetError
-from tvmstruct.schedules.compute.low_precision import stored_error
+from tvmstruct.schedules.compute.low_precision import rounded_blocks, stored_error
 from tvmstruct.targets import host_features
 
 int8 = pytest.param("int8", marks=pytest.mark.isa("avx512vnni"))
@@ -82,28 +84,42 @@ def test_precision_does_not_keep_f32_weights():
     assert {str(t.dtype) for key, t in stored.items() if "layer" in key} == {"int32"}
 
 
-PLAN = {
-    "version": 1,
-    "layers": {"layer.0.weight": {"family": "low_rank", "parameters": {"r": 4}}},
-}
+def plan(family: str, **parameters: int) -> dict:
+    return {
+        "version": 1,
+        "layers": {"layer.0.weight": {"family": family, "parameters": parameters}},
+    }
 
 
 @every_precision
-def test_a_planned_layer_takes_bf16_weights_but_not_int8(precision):
-    first, second = compiled(precision, plan=PLAN).report().layers
-    exact_first = compiled("f32", plan=PLAN).report().layers[0]
+def test_a_planned_layer_takes_the_precision(precision):
+    form = plan("low_rank", r=12)
+    exact, rounded = compiled("f32", plan=form), compiled(precision, plan=form)
+    (first, second), exact_first = rounded.report().layers, exact.report().layers[0]
     assert second.form == f"dense {precision}"
+    assert first.form == f"low_rank {precision}"
+    assert exact_first.error < first.error < exact_first.error + 0.01
     if precision == "int8":
-        assert first.form == "low_rank"
-        assert 'f32: structured layers have no "int8" kernel' in first.reason
+        assert "between products rounded to int8, a scale for each row" in first.reason
+        assert "too small" not in first.reason
+        assert first.bytes == 12 * (24 + 40) + 8 * (12 + 40)
     else:
-        assert first.form == f"low_rank {precision}"
-        assert "weights in bf16" in first.reason
+        dots = precision == "bf16" and "avx512bf16" in host_features()
+        said = "between products rounded to bf16" if dots else "weights in bf16, x and arithmetic"
+        assert said in first.reason
         assert first.bytes == exact_first.bytes // 2
-        assert exact_first.error < first.error < exact_first.error + 0.01
-    exact, rounded = compiled("f32", plan=PLAN), compiled(precision, plan=PLAN)
     x = models.rng(0).normal(size=(7, 24)).astype(np.float32)
     assert 0 < relative(rounded(x), exact(x)) < BOUNDS[precision]
+
+
+@pytest.mark.isa("avx512vnni")
+def test_int8_says_which_blocks_are_too_small():
+    first = compiled("int8", plan=plan("low_rank", r=4)).report().layers[0]
+    assert first.form == "low_rank"
+    assert "f32: blocks of 4 by 40, 24 by 4 are too small to gain from int8" in first.reason
+    first = compiled("int8", plan=plan("lgp_dense", g=6)).report().layers[0]
+    assert first.form == "lgp_dense int8"
+    assert "x of blocks of 4 by 7, too small to gain, in f32" in first.reason
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
@@ -125,9 +141,40 @@ def test_unknown_precisions_are_refused():
             compiled(precision)
 
 
-def test_int8_needs_its_instruction():
+@pytest.mark.parametrize("cpu", ["x86-64-v3", "znver2"])
+def test_int8_needs_its_instruction(cpu):
     with pytest.raises(TargetError, match="needs avx512vnni or avxvnni"):
-        compiled("int8", target="llvm -mcpu=x86-64-v3")
+        compiled("int8", target=f"llvm -mcpu={cpu}")
+    with pytest.raises(TargetError, match="needs avx512vnni or avxvnni"):
+        structured(f"llvm -mcpu={cpu}")
+
+
+STRUCTURED = families.lgp_shuffle(models.rng(0).normal(size=(4, 12, 20)).astype(np.float32))
+
+
+def structured(target: str = "host", precision: str = "int8"):
+    """Compile a model whose only layer is structured, found without a plan."""
+    w = const(STRUCTURED.to_dense())
+    mod = module(lambda emit, x: emit(R.matmul(x, w)), (5, 48))
+    return tvmstruct.compile(mod, target=target, precision=precision)
+
+
+@every_precision
+def test_a_recovered_layer_saves_and_loads(precision, tmp_path):
+    model = structured(precision=precision)
+    (layer,) = model.report().layers
+    assert layer.form == f"lgp_shuffle {precision}"
+    w = STRUCTURED.to_dense()
+    x = models.rng(1).normal(size=(5, 48)).astype(np.float32)
+    found = model(x)
+    assert 0 < relative(found, x @ w) < BOUNDS[precision]
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(tvmstruct.load(tmp_path / "model")(x), found)
+    if precision == "int8":
+        blocks = next(STRUCTURED.arrays())
+        assert layer.error == pytest.approx(
+            np.linalg.norm(rounded_blocks(blocks) - blocks) / np.linalg.norm(blocks), rel=0.2
+        )
 
 
 @pytest.mark.isa("avx2")

@@ -278,8 +278,8 @@ def test_refusals():
             Cell("gru"), ops.Dense(np.zeros((3, 9))), ops.Dense(np.zeros((3, 9))),
             peepholes=np.zeros((3, 3)),
         )  # fmt: skip
+    gru = ops.Dense(np.zeros((3, 9)))
     with pytest.raises(ModelError, match="only an lstm has a projection"):
-        gru = ops.Dense(np.zeros((3, 9)))
         Recurrent(Cell("gru"), gru, gru, projection=ops.Dense(np.zeros((3, 3))))
     with pytest.raises(ModelError, match="yields 2 features, the hidden matrix takes 3"):
         Recurrent(Cell("lstm"), dense, dense, projection=ops.Dense(np.zeros((3, 2))))

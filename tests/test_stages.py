@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from tests.catalogue import EXPRESSIONS
-from tvmstruct import ops
+from tvmstruct import ops, stages
 from tvmstruct.families import FAMILIES
+from tvmstruct.rounding import EACH, Round
 from tvmstruct.stages import Copy, Hadamard, MatMul, Program, X, Y, Zero, lower, merge, split
 from tvmstruct.testing import tolerance
 
@@ -29,11 +31,12 @@ def interpret(program: Program, x: np.ndarray) -> np.ndarray:
 def _matmul(s: MatMul, buffers, weights) -> None:
     w = weights[s.weight].astype(np.float64)
     for g, q in itertools.product(range(s.groups), range(s.q)):
-        total = 0.0
+        total, each = 0.0, EACH.get(s.form, 1)
         for p, index in enumerate(itertools.product(*(range(e) for e, _ in s.depth))):
             at = s.src_offset + g * s.src_group
             at += sum(i * stride for i, (_, stride) in zip(index, s.depth, strict=True))
-            total += buffers[s.src][at] * w[_packed(s, g, p, q)]
+            for i in range(each):
+                total += buffers[s.src][at + i] * w[_packed(s, g, p, q) * each + i]
         place = s.dst_offset + g * s.dst_group + q * s.dst_q
         buffers[s.dst][place] = total + (buffers[s.dst][place] if s.accumulate else 0.0)
 
@@ -43,12 +46,29 @@ def _packed(s: MatMul, g: int, p: int, q: int) -> int:
     if s.vector == "column":
         width = s.lanes * s.tile
         g = 0 if s.shared else g
-        return ((g * (s.q // width) + q // width) * s.p + p) * width + q % width
+        return ((g * (s.q // width) + q // width) * s.words + p) * width + q % width
     chunk, t = divmod(q, s.tile)
     if s.shared:
-        return (chunk * s.p + p) * s.tile + t
+        return (chunk * s.words + p) * s.tile + t
     block, lane = divmod(g, s.lanes)
-    return (((block * (s.q // s.tile) + chunk) * s.p + p) * s.tile + t) * s.lanes + lane
+    return (((block * (s.q // s.tile) + chunk) * s.words + p) * s.tile + t) * s.lanes + lane
+
+
+def _round(s: Round, buffers, weights) -> None:
+    """Move the features without rounding; what lies around them must not matter."""
+    each, (groups, stride) = EACH[s.form], s.source.groups
+    *outer, (run, step) = s.source.depth
+    buffers[s.dst][:] = 1e3
+    buffers[s.scale][:] = 1.0
+    words = -(-run // each)
+    for g, turn, p in itertools.product(
+        range(groups), range(math.prod([e for e, _ in outer])), range(run)
+    ):
+        at = g * stride + p * step + sum(turn * distance for _, distance in outer)
+        place = at
+        if s.gathered:
+            place = ((turn * words + p // each) * groups + g) * each + p % each
+        buffers[s.dst][place] = buffers[s.src][s.source.offset + at]
 
 
 def _copy(s: Copy, buffers, weights) -> None:
@@ -81,17 +101,18 @@ def _zero(s: Zero, buffers, weights) -> None:
     buffers[s.dst][s.start : s.stop] = 0.0
 
 
-STEPS = {MatMul: _matmul, Copy: _copy, Hadamard: _hadamard, Zero: _zero}
+STEPS = {MatMul: _matmul, Round: _round, Copy: _copy, Hadamard: _hadamard, Zero: _zero}
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("form", ["float", "pairs", "bytes"])
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_a_program_computes_its_expression(name, lanes, paired, rng):
+def test_a_program_computes_its_expression(name, lanes, form, rng, monkeypatch):
+    monkeypatch.setattr(stages, "pays", lambda form, p, q: p > 1)
     op = EXPRESSIONS[name]
     x = rng.normal(size=op.n_in)
-    program = lower(op, lanes, "float64", paired=paired)
-    assert all(s.tile % 2 == 0 for s in program.stages if isinstance(s, MatMul) and paired)
+    program = lower(op, lanes, "float64", form=form)
+    assert all(s.tile % 2 == 0 for s in program.products if form == "pairs")
     found = interpret(program, x)
     scale = max(1.0, float(np.abs(op.apply(np.abs(x))).max()))
     np.testing.assert_allclose(found, op.apply(x), **tolerance("float64", op.n_in, scale=scale))

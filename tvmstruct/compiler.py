@@ -50,11 +50,13 @@ def compile(
 ) -> CompiledModel:
     """Compile a model; without a plan the result is the same function up to float rounding.
 
-    ``plan`` names layers and the forms they take. ``precision`` is how dense layers multiply:
-    "f32", "bf16" (weights and inputs of the product in bfloat16), "bf16-weights" (weights only) or
-    "int8" (a scale per output column and per row of the input); the sums are float32 or exact
-    int32; structured layers keep their inputs in float32, and under int8 their weights too;
-    attention and normalisation stay in float32, and ``report()`` says what every layer lost.
+    ``plan`` names layers and the forms they take. ``precision`` is how dense layers and every
+    product of structured ones multiply: "f32", "bf16" (weights and inputs of a product in bfloat16,
+    without AVX512-BF16 weights only), "bf16-weights" (weights only) or "int8" (a scale per output
+    column, in structured layers of each block, and per row of the input); the sums are float32 or
+    exact int32. Products whose blocks are too small to gain keep their inputs in float32, and under
+    int8 their weights too; attention and normalisation stay in float32, and ``report()`` says
+    what every layer lost.
     ``memory`` says how attention and feed-forward are cut (NLP-Fast, Table III): "auto" takes
     heads and chunks of hidden features one after the other where that is no slower, "minimal"
     makes queries, keys and values head by head too and never holds a whole hidden layer,

@@ -77,12 +77,12 @@ def output_parts(op: Op, count: int) -> list[Op] | None:
     return parts
 
 
-def lower_parts(op: Op, lanes: int, count: int, *, paired: bool = False) -> Program:
+def lower_parts(op: Op, lanes: int, count: int, *, form: str = "float") -> Program:
     """Return the program of ``op``, in ``count`` parts where threads would else wait often."""
-    whole = lower(op, lanes, paired=paired)
+    whole = lower(op, lanes, form=form)
     if sum(isinstance(stage, MatMul) for stage in whole.stages) < LEAST_PRODUCTS:
         return whole
-    parts = [lower(part, lanes, paired=paired) for part in output_parts(op, count) or ()]
+    parts = [lower(part, lanes, form=form) for part in output_parts(op, count) or ()]
     if not parts or any(part.key != parts[0].key for part in parts):
         return whole
     weights = [np.concatenate(same) for same in zip(*(p.weights for p in parts), strict=True)]

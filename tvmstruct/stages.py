@@ -6,6 +6,7 @@ feature buffers. Permutations, slices and paddings at the end of a buffer cost n
 
 * `MatMul`: ``dst[g, q] = sum_p src[g, p] * w[g, p, q]``, vectorised over q or over g, reading
   through any view whose groups are one stride and whose p are at most two;
+* `Round`: the features that a product reads, rounded to words of low precision (`rounding`);
 * `Copy`: a strided copy, with an optional elementwise weight, where no view can serve;
 * `Hadamard`: butterflies between vectors, in place where nothing else reads the features.
 
@@ -23,6 +24,18 @@ import numpy as np
 
 from tvmstruct import ops
 from tvmstruct.folding import fold, hadamard
+from tvmstruct.rounding import (
+    BYTES,
+    EACH,
+    HALVES,
+    MORE,
+    TYPES,
+    Round,
+    Source,
+    ordered,
+    pays,
+    words_of,
+)
 
 X, Y = 0, 1  # buffers of every program; scratch buffers follow
 Dim = tuple[int, int]  # extent, stride
@@ -35,8 +48,10 @@ class MatMul:
 
     Weights are packed ``[groups][q / (lanes tile)][p][lanes tile]`` for "column" (one group if
     ``shared``) and ``[groups / lanes][q / tile][p][tile][lanes]`` for "group" (without groups
-    and lanes if ``shared``: one number serves all lanes). Where ``paired`` the tile is even, so
-    that a word can hold two bfloat16: the entries of vectors 2i and 2i + 1 of a tile.
+    and lanes if ``shared``: one number serves all lanes). The ``form`` of a number is "float", or
+    "pairs": then the tile is even, so that a word can hold two bfloat16, the entries of vectors
+    2i and 2i + 1 of a tile. In the forms of `rounding` p counts words and a number is an entry for
+    each neighbour in a word, innermost; strides of src are those of neighbours.
     """
 
     src: int
@@ -55,17 +70,33 @@ class MatMul:
     lanes: int
     tile: int
     accumulate: bool = False
-    paired: bool = False
+    form: str = "float"
+    scale: int | None = None  # buffer with the scales of the rows of src, in int8
+
+    @property
+    def words(self) -> int:
+        """Steps of the depth."""
+        return math.prod(extent for extent, _ in self.depth)
 
     @property
     def p(self) -> int:
-        """Products in a sum."""
-        return math.prod(extent for extent, _ in self.depth)
+        """Products in a sum, those with padding included."""
+        return self.words * EACH.get(self.form, 1)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a panel for each step of the depth."""
+        return self.tile * (1 if self.shared and self.vector == "group" else self.lanes)
 
     @property
     def macs(self) -> int:
         """Multiply-adds for one row, those with padding included."""
         return self.groups * self.p * self.q
+
+    @property
+    def steps(self) -> int:
+        """The same in multiply-adds of float32 that take as long."""
+        return self.groups * self.words * self.q
 
 
 @dataclass(frozen=True)
@@ -115,7 +146,7 @@ class Zero:
     stop: int
 
 
-Stage = MatMul | Copy | Hadamard | Zero
+Stage = MatMul | Round | Copy | Hadamard | Zero
 
 
 @dataclass(frozen=True)
@@ -141,14 +172,14 @@ class Value:
 class Program:
     """Stages, the number of features of every buffer, and the packed weights.
 
-    ``pairs`` are the weights whose entries belong together in twos, one word for both. The stages
-    run once for each of ``parts`` with weights of its own, and the outputs lie side by side.
+    ``types`` are those of the buffers that do not hold float32. The stages run once for each of
+    ``parts`` with weights of its own, and the outputs lie side by side.
     """
 
     sizes: list[int]
     stages: list[Stage] = field(default_factory=list)
     weights: list[np.ndarray] = field(default_factory=list)
-    pairs: set[int] = field(default_factory=set)
+    types: dict[int, str] = field(default_factory=dict)
     parts: int = 1
 
     @property
@@ -162,22 +193,53 @@ class Program:
         sizes = tuple(w.size for w in self.weights)
         return (tuple(self.sizes), tuple(self.stages), sizes, *([self.parts] * (self.parts > 1)))
 
+    @property
+    def products(self) -> list[MatMul]:
+        """The stages that multiply."""
+        return [stage for stage in self.stages if isinstance(stage, MatMul)]
+
+    def steps(self, macs: int) -> int:
+        """Return how many multiply-adds in float32 take as long as ``macs`` of this program."""
+        all_macs = sum(product.macs for product in self.products)
+        return macs * sum(product.steps for product in self.products) // max(1, all_macs)
+
+    def product(self, weight: int) -> MatMul | None:
+        """Return the product that a weight belongs to, or None for a diagonal."""
+        return next((stage for stage in self.products if stage.weight == weight), None)
+
+    def type(self, weight: int) -> str:
+        """Return the type of the stored elements of a weight."""
+        stage = self.product(weight)
+        return "float32" if stage is None or stage.form == "float" else "int32"
+
     def words(self, weight: int) -> int:
         """Return the number of stored elements of a weight, those of one part."""
-        return self.weights[weight].size // self.parts // (2 if weight in self.pairs else 1)
+        stage, size = self.product(weight), self.weights[weight].size // self.parts
+        if stage is None or stage.form == "float":
+            return size
+        if stage.form == "pairs":
+            return size // 2
+        words = size // EACH[stage.form]
+        return words // stage.words * (stage.words + MORE[stage.form])
 
-    def stored(self, weight: int, pair: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
-        """Return a weight as kernels read it: ``pair(w, lanes)`` makes words of its pairs."""
-        if weight not in self.pairs:
+    def stored(
+        self, weight: int, pack: Callable[[np.ndarray, str, int, int], np.ndarray]
+    ) -> np.ndarray:
+        """Return a weight as kernels read it: ``pack(w, form, words, width)`` makes its words."""
+        stage = self.product(weight)
+        if stage is None or stage.form == "float":
             return self.weights[weight]
-        stage = next(s for s in self.stages if isinstance(s, MatMul) and s.weight == weight)
-        each = 1 if stage.shared and stage.vector == "group" else stage.lanes
-        return pair(self.weights[weight], each)
+        each = stage.width // stage.tile
+        width = each if stage.form == "pairs" else stage.width
+        return pack(self.weights[weight], stage.form, stage.words, width)
 
 
-def lower(op: ops.Op, lanes: int, dtype: str = "float32", *, paired: bool = False) -> Program:
-    """Return the program that computes ``x @ op`` with vectors of at most ``lanes``."""
-    lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype), paired)
+def lower(op: ops.Op, lanes: int, dtype: str = "float32", *, form: str = "float") -> Program:
+    """Return the program that computes ``x @ op`` with vectors of at most ``lanes``.
+
+    Products that are worth it have the ``form``, of which `MatMul` tells; others stay "float".
+    """
+    lowering = _Lowering(Program([op.n_in, op.n_out]), lanes, np.dtype(dtype), form)
     value = lowering.visit(fold(op), Value(X, ((op.n_in, 1),)))
     lowering.store(value, Y, accumulate=False)
     return lowering.program
@@ -239,20 +301,21 @@ def separable(a: MatMul, b: MatMul) -> bool:
 
 
 class _Lowering:
-    def __init__(self, program: Program, lanes: int, dtype: np.dtype, paired: bool) -> None:
-        self.program, self.lanes, self.dtype, self.paired = program, lanes, dtype, paired
+    def __init__(self, program: Program, lanes: int, dtype: np.dtype, form: str) -> None:
+        self.program, self.lanes, self.dtype, self.form = program, lanes, dtype, form
         self.shared = [X, Y]  # buffers that more than one term of a sum reads
+        self.rounded: dict[Source, Round] = {}  # features of x
 
-    def new_buffer(self, size: int) -> int:
+    def new_buffer(self, size: int, dtype: str | None = None) -> int:
         self.program.sizes.append(size)
-        return len(self.program.sizes) - 1
-
-    def add_weight(self, array: np.ndarray, *, paired: bool = False) -> int:
-        self.program.weights.append(np.ascontiguousarray(array, self.dtype).reshape(-1))
-        number = len(self.program.weights) - 1
-        if paired:
-            self.program.pairs.add(number)
+        number = len(self.program.sizes) - 1
+        if dtype is not None:
+            self.program.types[number] = dtype
         return number
+
+    def add_weight(self, array: np.ndarray) -> int:
+        self.program.weights.append(np.ascontiguousarray(array, self.dtype).reshape(-1))
+        return len(self.program.weights) - 1
 
     def emit(self, stage: Stage) -> None:
         self.program.stages.append(stage)
@@ -310,7 +373,9 @@ class _Lowering:
 
     def _rename(self, old: int, new: int) -> None:
         for i, stage in enumerate(self.program.stages):
-            if getattr(stage, "src", None) == old:
+            if isinstance(stage, Round) and stage.src == old:
+                stage = replace(stage, source=replace(stage.source, buffer=new))
+            elif getattr(stage, "src", None) == old:
                 stage = replace(stage, src=new)
             if stage.dst == old:
                 stage = replace(stage, dst=new)
@@ -413,7 +478,7 @@ class _Lowering:
         """Transform features that lie side by side: a product with a small matrix, then vectors."""
         t = min(op.n, NEIGHBOURS)
         blocks = op.n_in // t
-        x = self.visit(ops.SharedBlockDiag(hadamard(t) * op.scale, blocks), x)
+        x = self.matmul(hadamard(t)[None] * op.scale, blocks, x, shared=True, signs=True)
         return x if t == op.n else self.visit(replace(op, n=op.n // t, scale=1.0, inner=t), x)
 
     @visit.register
@@ -428,76 +493,93 @@ class _Lowering:
     def _(self, op: ops.BlockDiag, x: Value) -> Value:
         return self.matmul(op.w, op.w.shape[0], x, shared=op.w.shape[0] == 1)
 
-    def matmul(self, w: np.ndarray, groups: int, x: Value, *, shared: bool) -> Value:
+    def matmul(
+        self, w: np.ndarray, groups: int, x: Value, *, shared: bool, signs: bool = False
+    ) -> Value:
+        """Multiply blocks (p, q); features that meet nothing but ``signs`` are not rounded."""
         _, p, q = w.shape
+        form = self.form
+        if form in EACH and (signs or not pays(form, p, q)):
+            form = "pairs" if form == HALVES else "float"
+        found = self._source(x, groups, p)
+        near = found is not None and 1 in (found.groups[1], *(s for _, s in found.depth))
+        if found is None or (form in EACH and not near):
+            found = self._source(self.materialise(x), groups, p)
+        assert found is not None
+        along = next((v for v in (16, 8, 4) if v <= self.lanes and groups % v == 0), 0)
+        over_groups = found.groups[1] == 1 and bool(along) and p * q > 1
+        numbers = w[..., None]
+        if form in EACH:
+            found, numbers = self._round(w, found, form)
+        if over_groups:
+            return self._matmul_over_groups(numbers, found, along, shared, form)
+        return self._matmul_over_columns(numbers, found, shared, form)
+
+    def _source(self, x: Value, groups: int, p: int) -> Source | None:
+        """Return a view as groups of p features, or None where its strides are too many."""
         parts = split(x.dims, (groups, p))
         if parts is None or len(parts[0]) > 1 or len(parts[1]) > 2:
-            x = self.materialise(x)
-            parts = split(x.dims, (groups, p))
-        assert parts is not None
+            return None
         stride = parts[0][0][1] if parts[0] else 0
-        depth = parts[1] or ((1, 0),)
-        along = next((v for v in (16, 8, 4) if v <= self.lanes and groups % v == 0), 0)
-        if stride == 1 and along and p * q > 1:
-            return self._matmul_over_groups(w, groups, x, depth, along, shared)
-        return self._matmul_over_columns(w, groups, x, stride, depth, shared)
+        return Source(x.buffer, x.offset, (groups, stride), parts[1] or ((1, 0),))
+
+    def _round(self, w: np.ndarray, source: Source, form: str) -> tuple[Source, np.ndarray]:
+        """Return where the features of ``source`` lie as words, and the weights in their order."""
+        inner = ordered(source)
+        gathered = inner.depth[-1][1] != 1
+        chosen = source if gathered else inner
+        stage = self.rounded.get(chosen)
+        if stage is None:
+            scale = self.new_buffer(1) if form == BYTES else None
+            stage = Round(chosen, len(self.program.sizes), scale, form, gathered)
+            self.new_buffer(stage.size, TYPES[form])
+            self.emit(stage)
+            if source.buffer == X:  # which nothing overwrites
+                self.rounded[chosen] = stage
+        order = tuple(source.depth.index(dim) for dim in chosen.depth)
+        return stage.target, words_of(w, source.depth, order, EACH[form])
 
     def _matmul_over_groups(
-        self,
-        w: np.ndarray,
-        groups: int,
-        x: Value,
-        depth: tuple[Dim, ...],
-        lanes: int,
-        shared: bool,
+        self, w: np.ndarray, x: Source, lanes: int, shared: bool, form: str
     ) -> Value:
         """Lanes along the groups: loads of x, w and stores of y are all contiguous."""
-        count, p, q = w.shape
-        each = 1 if shared else lanes
-        padded = self._padded(w, q + q % 2 if self.paired else q)
+        (count, p, q, e), (groups, stride) = w.shape, x.groups
+        each, paired = 1 if shared else lanes, form == "pairs"
+        padded = self._padded(w, q + q % 2 if paired else q)
         dst = self.new_buffer(groups * padded.shape[2])
-        for first, outputs, tile in _output_tiles(padded.shape[2], even=self.paired):
+        for first, outputs, tile in _output_tiles(padded.shape[2], even=paired):
             part = padded[:, :, first : first + outputs]
-            packed = part.reshape(count // each, each, p, outputs // tile, tile)
+            packed = part.reshape(count // each, each, p, outputs // tile, tile, e)
             self.emit(
                 MatMul(
-                    x.buffer, dst, groups, depth, outputs, x.offset, 1, first * groups, 1, groups,
-                    self.add_weight(packed.transpose(0, 3, 2, 4, 1), paired=self.paired),
-                    shared, "group", lanes, tile, paired=self.paired,
+                    x.buffer, dst, groups, x.depth, outputs, x.offset, stride, first * groups, 1,
+                    groups, self.add_weight(packed.transpose(0, 3, 2, 4, 1, 5)),
+                    shared, "group", lanes, tile, form=form, scale=x.scale,
                 )
             )  # fmt: skip
         return Value(dst, ((groups, 1), (q, groups)))
 
-    def _matmul_over_columns(
-        self,
-        w: np.ndarray,
-        groups: int,
-        x: Value,
-        stride: int,
-        depth: tuple[Dim, ...],
-        shared: bool,
-    ) -> Value:
+    def _matmul_over_columns(self, w: np.ndarray, x: Source, shared: bool, form: str) -> Value:
         """Lanes along the outputs; q is padded to whole vectors, so rows of dst are too."""
-        count, p, q = w.shape
-        lanes = next(v for v in (4, 8, 16) if v >= min(q, self.lanes))
+        (count, p, q, e), (groups, stride) = w.shape, x.groups
+        lanes, paired = next(v for v in (4, 8, 16) if v >= min(q, self.lanes)), form == "pairs"
         vectors = -(-q // lanes)
-        if self.paired:
+        if paired:
             vectors += vectors % 2
-        tile = next(t for t in ((2,) if self.paired else (3, 2, 1)) if vectors % t == 0)
+        tile = next(t for t in ((2,) if paired else (3, 2, 1)) if vectors % t == 0)
         width = vectors * lanes
-        packed = self._padded(w, width).reshape(count, p, vectors // tile, tile * lanes)
+        packed = self._padded(w, width).reshape(count, p, vectors // tile, tile * lanes, e)
         dst = self.new_buffer(groups * width)
         self.emit(
             MatMul(
-                x.buffer, dst, groups, depth, width, x.offset, stride, 0, width, 1,
-                self.add_weight(packed.transpose(0, 2, 1, 3), paired=self.paired),
-                shared, "column", lanes, tile,
-                paired=self.paired,
+                x.buffer, dst, groups, x.depth, width, x.offset, stride, 0, width, 1,
+                self.add_weight(packed.transpose(0, 2, 1, 3, 4)),
+                shared, "column", lanes, tile, form=form, scale=x.scale,
             )
         )  # fmt: skip
         return Value(dst, ((groups, width), (q, 1)))
 
     def _padded(self, w: np.ndarray, width: int) -> np.ndarray:
-        padded = np.zeros((*w.shape[:2], width), self.dtype)
+        padded = np.zeros((*w.shape[:2], width, w.shape[3]), self.dtype)
         padded[:, :, : w.shape[2]] = w
         return padded

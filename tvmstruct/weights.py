@@ -43,10 +43,12 @@ class WeightStore:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:24]
         return self.tensor(f"{prefix}#{digest}", lambda: array)
 
-    def program(self, key: str, op: ops.Op, lanes: int, *, paired: bool, parts: int = 1) -> Program:
+    def program(
+        self, key: str, op: ops.Op, lanes: int, form: str = "float", parts: int = 1
+    ) -> Program:
         """Return the stages of a structured operator, lowered once; see `lower_parts`."""
         if key not in self._programs:
-            self._programs[key] = lower_parts(op, lanes, parts, paired=paired)
+            self._programs[key] = lower_parts(op, lanes, parts, form=form)
         return self._programs[key]
 
     def name(self, tensor: tvm.runtime.Tensor) -> str:

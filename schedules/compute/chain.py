@@ -14,17 +14,20 @@ from dataclasses import dataclass, field, replace
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.rounding import BYTES, Round
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.dense import Epilogue, Segment, depth_step, row_segments
 from tvmstruct.schedules.compute.layer_norm import RowNorm
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.compute.row_steps import Rows, RowSteps, Scratch
+from tvmstruct.schedules.compute.row_words import round_rows
 from tvmstruct.schedules.compute.team import alone, barrier
 from tvmstruct.stages import MatMul, Program, Stage, X, Y, separable
 
 PRODUCT = "product"  # name of the sblocks to tensorise
 TILE = "tvmstruct.tile"  # their annotation: which tile of the definition they compute
 GAP = 16  # features between two rows of scratch: rows a power of two apart share cache sets
+LINE = 64  # bytes, the same for rows of bytes
 OPERANDS = 4  # vectors that a tile over groups reads and uses more than once
 BUSY = 8  # independent sums that hide the latency of an addition
 
@@ -50,11 +53,17 @@ Part = tuple[str, object, int]  # an axis of tiles, which part of it, of how man
 
 
 def chain(
-    program: Program, nest: RowNest, epilogue: Epilogue, lanes: int, rows: int | None = None
+    program: Program,
+    nest: RowNest,
+    epilogue: Epilogue,
+    lanes: int,
+    rows: int | None = None,
+    llvm: str = "",
 ) -> tuple[tirx.PrimFunc, list[Tile]]:
     """Return the definition and the tiles that its product blocks name.
 
     Arguments are x, the weights, [bias], [residual], [gamma, beta], y; ``rows=None`` is symbolic.
+    ``llvm`` is source of functions that are called.
     """
     tiles: dict[Tile, int] = {}
 
@@ -65,9 +74,12 @@ def chain(
         heights = nest.heights
         if nest.block > heights[0]:
             heights = (nest.block, *heights)
-        with T.sblock("root"):  # by hand: a single product would be taken for it
+        with ExitStack() as stack:
+            stack.enter_context(T.sblock("root"))  # by hand: a single product would be taken for it
             T.reads()
             T.writes()
+            if llvm:
+                stack.enter_context(T.attr(T.int64(0), "pragma_import_llvm", llvm))
             for segment in row_segments(m if rows is None else rows, heights):
                 many = segment.height >= nest.heights[0]
                 kernel.emit(segment, parallel=nest.threads == "rows" and many)
@@ -137,12 +149,15 @@ class StagedRows:
 
 def _between(program: Program, height: int) -> list:
     """Allocate what ``height`` rows need between the stages."""
-    return [
-        Scratch(T.sblock_alloc_buffer((i64(height * (size + GAP)),), "float32"), size + GAP)
-        if size
-        else None
-        for size in program.sizes[Y + 1 :]
-    ]
+    numbers = range(Y + 1, len(program.sizes))
+    return [_scratch(program, i, height) if program.sizes[i] else None for i in numbers]
+
+
+def _scratch(program: Program, number: int, height: int) -> Scratch:
+    """Allocate a buffer between stages."""
+    size, dtype = program.sizes[number], program.types.get(number, "float32")
+    stride = size + GAP if dtype == "float32" else -(-size // LINE) * LINE + LINE
+    return Scratch(T.sblock_alloc_buffer((i64(height * stride),), dtype), stride)
 
 
 @dataclass
@@ -166,7 +181,7 @@ class _Kernel:
             argument(
                 f"w{i}",
                 (i64(self.program.words(i) * self.program.parts),),
-                "int32" if i in self.program.pairs else "float32",
+                self.program.type(i),
             )
             for i, _ in enumerate(weights)
         ]
@@ -211,8 +226,8 @@ class _Kernel:
         if parts == 1:
             self._part(work)
         else:
-            macs = sum(s.macs for s in self.program.stages if isinstance(s, MatMul)) * parts
-            kind = T.parallel if work.shared(macs) else None
+            steps = sum(product.steps for product in self.program.products) * parts
+            kind = T.parallel if work.shared(steps) else None
             with work.wait(), loops(parts, kind=kind) as (t,):
                 with block("part", [(parts, t)]) as (part,):
                     self.touch(work)
@@ -250,8 +265,11 @@ class _Block:
         """Emit one stage."""
         if isinstance(stage, MatMul):
             self._multiply(stage)
-        else:
-            with self._alone():
+            return
+        with self._alone():
+            if isinstance(stage, Round):
+                round_rows(stage, self._steps)
+            else:
                 self._steps.emit(stage)
 
     def finish(self) -> None:
@@ -280,7 +298,7 @@ class _Block:
         """Return where the weight of a part starts."""
         return i64(0) if self.part is None else self.part * self.kernel.program.words(weight)
 
-    def shared(self, macs: int) -> bool:
+    def shared(self, steps: int) -> bool:
         """Return whether threads share so many multiply-adds for each row of the block.
 
         One row waits for its weights as long as two rows take to multiply.
@@ -288,14 +306,14 @@ class _Block:
         nest = self.kernel.nest
         if self.part is not None:
             return False
-        long = macs * max(2, self.height) > nest.shared_macs
+        long = steps * max(2, self.height) > nest.shared_macs
         return self._team or (nest.threads == "stages" and long)
 
     def shards(self, a: Stage, b: Stage) -> int:
         """Return into how many independent parts two stages fall, one for each thread, or 1."""
         if not (isinstance(a, MatMul) and isinstance(b, MatMul) and separable(a, b)):
             return 1
-        if not self.shared(a.macs + b.macs):
+        if not self.shared(a.steps + b.steps):
             return 1
         columns, groups = a.q // self._tile(a).columns, b.groups // self._tile(b).groups
         most = self.kernel.nest.workers
@@ -320,7 +338,7 @@ class _Block:
             return
         tile = self._tile(s)
         (extent, stride), *more = s.depth
-        chunk = extent if more else depth_step(extent)
+        chunk = extent if more or tile.dots else depth_step(extent)
         if chunk == extent:
             self._tiles(s, replace(tile, clear=not s.accumulate), (0, 1), part)
             return
@@ -352,16 +370,15 @@ class _Block:
 
     def _tile(self, s: MatMul) -> Tile:
         """Return the largest tile whose sums fit in registers."""
-        rows, words = self._rows(s), 2 if s.paired else 1
+        rows, words = self._rows(s), 2 if s.form == "pairs" else 1
         if s.vector == "group":
-            each = 1 if s.shared else s.lanes
-            groups, columns, width = s.lanes, s.tile, s.tile * each
-            b_group, b_column = 0 if s.shared else 1, each
+            groups, columns = s.lanes, s.tile
+            b_group, b_column = 0 if s.shared else 1, s.width // s.tile
         else:
             limit = max(1, self._lines(s) // rows) if s.shared else 1
-            groups, columns, width = _divisor(s.groups, limit), s.tile * s.lanes, s.tile * s.lanes
+            groups, columns = _divisor(s.groups, limit), s.tile * s.lanes
             b_group, b_column = 0, 1
-        inner = [width // words]
+        inner = [s.width // words]
         for extent, _ in reversed(s.depth[1:]):
             inner.insert(0, inner[0] * extent)
         return Tile(
@@ -379,8 +396,10 @@ class _Block:
             c_row=self.buffers[s.dst].stride,
             c_group=s.dst_group,
             c_column=s.dst_q,
-            paired=s.paired,
+            form=s.form,
             clear=True,
+            b_more=s.words * s.width if s.form == BYTES else 0,
+            s_row=0 if s.scale is None else self.buffers[s.scale].stride,
         )
 
     def _tiles(self, s: MatMul, tile: Tile, chunks: tuple[int, int], part: Part | None) -> None:
@@ -396,7 +415,7 @@ class _Block:
         panels = (1 if s.shared else extents["group"]) * columns
         panel_size = self.kernel.program.words(s.weight) // panels
         (steps, stride), *_ = tile.depth
-        with self._turns(extents, part, shared=part is None and self.shared(s.macs)) as at:
+        with self._turns(extents, part, shared=part is None and self.shared(s.steps)) as at:
             chunk = at["chunk"] + first
             row, group = at["row"] * tile.rows, at["group"] * tile.groups
             q = at["column"] * tile.columns
@@ -406,7 +425,11 @@ class _Block:
                 (self._start(s.weight) + panel * panel_size + chunk * (steps * tile.b_depth[0]),),
                 dst.at(row, s.dst_offset + group * s.dst_group + q * s.dst_q),
             )
-            self._declare(tile, (src.buffer, self.kernel.weights[s.weight], dst.buffer), starts)
+            buffers = src.buffer, self.kernel.weights[s.weight], dst.buffer
+            if s.scale is not None:
+                scales = self.buffers[s.scale]
+                starts, buffers = (*starts, scales.at(row, i64(0))), (*buffers, scales.buffer)
+            self._declare(tile, buffers, starts)
 
     @contextmanager
     def _turns(self, extents: dict[str, int], part: Part | None, *, shared: bool) -> Iterator[dict]:

@@ -10,8 +10,13 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from tvmstruct.rounding import BYTES, HALVES
+
 DYNAMIC = "dynamic-int8"  # the precision of weights that come as integers, for rounded x
 LARGEST = 127  # of a symmetric int8; -128 is not used, so that negation is exact
+OFFSET = 128  # makes bytes of x unsigned
+ROUNDER = 1.5 * 2**23 + OFFSET  # added to v, its low byte is rint(v) + 128 in two's complement
+SMALLEST = 1e-30  # magnitude below which the reciprocal of a row's scale could overflow
 
 
 def round_bf16(w: np.ndarray) -> np.ndarray:
@@ -61,9 +66,44 @@ def pair_vectors(w: np.ndarray, lanes: int) -> np.ndarray:
     return (halves[:, 0] | halves[:, 1] << 16).reshape(-1).view(np.int32)
 
 
+def pack_product(w: np.ndarray, form: str, words: int, width: int) -> np.ndarray:
+    """Return the words of a product's flat float32 weight in a form of `stages.MatMul`."""
+    if form == BYTES:
+        return byte_panels(w, words, width)
+    if form == HALVES:
+        return round_bf16(w).view(np.int32)
+    return pair_vectors(w, width)
+
+
+def byte_panels(w: np.ndarray, words: int, width: int) -> np.ndarray:
+    """Return float32 panels ``[..][words][width][4]`` as rows of ``width`` words, flat.
+
+    Each panel is its words of four int8, then where the sums start, ``-OFFSET`` times the sum of
+    a column, for bytes of x are that much too large, then the bits of the scales of its columns.
+    """
+    panels = w.reshape(-1, words, width, 4)
+    q, scale = quantize(panels.transpose(1, 3, 0, 2).reshape(words * 4, -1))
+    start = -OFFSET * q.sum(axis=0, dtype=np.int32)
+    whole = np.empty((len(panels), words + 2, width), np.int32)
+    bytes_of_words = q.reshape(words, 4, -1, width).transpose(2, 0, 3, 1)
+    whole[:, :words] = np.ascontiguousarray(bytes_of_words).view(np.int32)[..., 0]
+    whole[:, words], whole[:, words + 1] = (
+        row.reshape(-1, width) for row in (start, scale.view(np.int32))
+    )
+    return whole.reshape(-1)
+
+
 def pad_columns(row: np.ndarray, width: int) -> np.ndarray:
     """Return ``row`` (n) with zeros up to whole panels."""
     return np.pad(row, (0, -len(row) % width))
+
+
+def rounded_blocks(w: np.ndarray) -> np.ndarray:
+    """Return blocks (.., p, q) in float64 as int8 keeps them, one scale per block and column."""
+    flat = np.moveaxis(w, -2, 0).reshape(w.shape[-2], -1)
+    q, scale = quantize(flat.astype(np.float32))
+    whole = (q * scale.astype(np.float64)).reshape(w.shape[-2], *w.shape[:-2], w.shape[-1])
+    return np.moveaxis(whole, 0, -2)
 
 
 def stored_error(w: np.ndarray, precision: str) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.rounding import BYTES, EACH, TYPES
 from tvmstruct.schedules.builder import block, i64, loops
 from tvmstruct.stages import Dim
 
@@ -27,8 +28,13 @@ class Tile:
 
     Strides are those of the flat index of a feature. A row of ``a`` or ``c`` is an axis of its
     own where ``a_row`` or ``c_row`` is None, else that many elements away. ``columns`` are single
-    outputs; vectors run along the groups where ``over_groups``, else along the columns. A word of
-    ``b`` holds bfloat16 for two neighbouring vectors where ``paired``.
+    outputs; vectors run along the groups where ``over_groups``, else along the columns.
+
+    What a word of ``b`` holds says the ``form``: one "float", or "pairs", bfloat16 for two
+    neighbouring vectors. A step of the depth are two bfloat16 of ``a`` and of a word in "halves",
+    four unsigned bytes and four signed ones in "bytes". There the sums start ``b_more`` words from
+    the first step, one step on are the bits of their scales, and a fourth buffer has those of the
+    rows of ``a``.
     """
 
     rows: int
@@ -45,18 +51,45 @@ class Tile:
     c_row: int | None
     c_group: int
     c_column: int
-    paired: bool
+    form: str
     clear: bool  # whether c starts from zero
+    b_more: int = 0
+    s_row: int = 0  # elements from the scale of a row to that of the next
 
     @property
-    def span(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the regions of a, b and c that hold all elements."""
-        a = (self.groups - 1) * self.a_group + sum((e - 1) * s for e, s in self.depth) + 1
+    def paired(self) -> bool:
+        """Whether a word of b is two bfloat16."""
+        return self.form == "pairs"
+
+    @property
+    def dots(self) -> bool:
+        """Whether a step of the depth is a word of a times a word of b."""
+        return self.form in EACH
+
+    @property
+    def scaled(self) -> bool:
+        """Whether sums are integers, with scales for their rows and columns."""
+        return self.form == BYTES
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Types of the buffers a, b, c and, where rows have scales, s."""
+        a = TYPES.get(self.form, "float32")
+        found = (a, "float32" if self.form == "float" else "int32", "float32")
+        return (*found, "float32") if self.scaled else found
+
+    @property
+    def span(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the regions of a, b, c and s that hold all elements."""
+        a = (self.groups - 1) * self.a_group + sum((e - 1) * s for e, s in self.depth)
+        a += EACH.get(self.form, 1)
         c = (self.groups - 1) * self.c_group + (self.columns - 1) * self.c_column + 1
         b = sum((e - 1) * s for (e, _), s in zip(self.depth, self.b_depth, strict=True))
+        b = self.b_more + self.b_depth[-1] if self.scaled else b
         words = self.columns // 2 if self.paired else self.columns
         b += (self.groups - 1) * self.b_group + (words - 1) * self.b_column + 1
-        return self._rows(a, self.a_row), (b,), self._rows(c, self.c_row)
+        found = self._rows(a, self.a_row), (b,), self._rows(c, self.c_row)
+        return (*found, self._rows(1, self.s_row)) if self.scaled else found
 
     def _rows(self, span: int, stride: int | None) -> tuple[int, ...]:
         return (self.rows, span) if stride is None else ((self.rows - 1) * stride + span,)
@@ -71,13 +104,22 @@ class Tile:
     def b(self, group, at: list, column) -> tuple:
         """Return where an element (or word) of ``b`` lies; columns of words count words."""
         index = group * self.b_group + column * self.b_column
-        for i, stride in zip(at, self.b_depth, strict=True):
+        for i, stride in zip(at, self.b_depth, strict=False):
             index = index + i * stride
         return (index,)
 
     def c(self, row, group, column) -> tuple:
         """Return where an element of ``c`` lies."""
         return _row_place(row, group * self.c_group + column * self.c_column, self.c_row)
+
+    def more(self, group, column) -> tuple[tuple, tuple]:
+        """Return where the start of a sum and where its scale lie in ``b``."""
+        index = self.b(group, [], column)[0] + self.b_more
+        return (index,), (index + self.b_depth[-1],)
+
+    def s(self, row) -> tuple:
+        """Return where the scale of a row lies."""
+        return (row * self.s_row,)
 
 
 def _row_place(row, index, stride: int | None) -> tuple:
@@ -89,11 +131,11 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
 
     Axes of extent one would be simplified away while scheduling, so they are left out.
     """
+    if tile.scaled:
+        _emit_bytes(tile, buffers, starts)
+        return
     (a, b, c), (a0, b0, c0) = buffers, starts
-
-    def place(start: Start, index: tuple) -> list:
-        return [s + i for s, i in zip(start, index, strict=True)]
-
+    place = _place
     outer = {"row": tile.rows, "group": tile.groups, "column": tile.columns}
     if tile.clear:
         with _axes("zero", outer) as at:
@@ -105,6 +147,9 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
     reduce = {f"depth{i}": extent for i, (extent, _) in enumerate(tile.depth)}
     with _axes("update", outer, reduce) as at:
         row, group, depth = at["row"], at["group"], [at[name] for name in reduce]
+        if tile.dots:
+            _add_halves(tile, buffers, starts, (row, group, depth, at["column"]))
+            return
         word, columns = at["column"], [at["column"]]
         if tile.paired:
             word = word * width + at["lane"]
@@ -117,14 +162,74 @@ def emit_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
             T.buffer_store(c, c[tuple(to)] + left * weight, to)
 
 
+def _add_halves(tile: Tile, buffers: tuple, starts: Sequence[Start], at: tuple) -> None:
+    """Add the two products of a word of bfloat16."""
+    (a, b, c), (a0, b0, c0), (row, group, depth, column) = buffers, starts, at
+    *first, last = _place(a0, tile.a(row, group, depth))
+    word = b[tuple(_place(b0, tile.b(group, depth, column)))]
+    to = _place(c0, tile.c(row, group, column))
+    total = c[tuple(to)]
+    for half in range(EACH[tile.form]):
+        left = T.cast(a[(*first, last + half)], "int32") << T.int32(16)
+        total = total + T.reinterpret("float32", left) * widen(word, half, 1)
+    T.buffer_store(c, total, to)
+
+
+def _emit_bytes(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
+    """Emit a tile of bytes: sums as they start, then products one by one, all of them scaled."""
+    (a, b, c, s), (a0, b0, c0, s0) = buffers, starts
+    outer = {"row": tile.rows, "group": tile.groups, "column": tile.columns}
+    steps = {f"depth{i}": extent for i, (extent, _) in enumerate(tile.depth)}
+
+    def touch(at: dict, *, clear: bool) -> None:
+        """State whole regions, for what would be found of two places of b has no simple form."""
+        to = _place(c0, tile.c(*(at[name] for name in outer)))
+        whole = zip((a, b, s), (a0, b0, s0), (tile.span[i] for i in (0, 1, 3)), strict=True)
+        reads = [_region(*region) for region in whole]
+        T.reads(*([] if clear else [c[tuple(to)]]), *reads)
+        T.writes(c[tuple(to)])
+
+    def put(at: dict, number, *, clear: bool) -> None:
+        """Add a scaled integer to c."""
+        row, group, column = (at[name] for name in outer)
+        bits = b[tuple(_place(b0, tile.more(group, column)[1]))]
+        scale = s[tuple(_place(s0, tile.s(row)))] * T.reinterpret("float32", bits)
+        value, to = T.cast(number, "float32") * scale, _place(c0, tile.c(row, group, column))
+        T.buffer_store(c, value if clear else c[tuple(to)] + value, to)
+
+    with _axes("start", outer) as at:
+        touch(at, clear=tile.clear)
+        index = _place(b0, tile.more(at["group"], at["column"])[0])
+        put(at, b[tuple(index)], clear=tile.clear)
+    with _axes("update", outer, steps) as at:
+        touch(at, clear=False)
+        depth = [at[name] for name in steps]
+        *first, last = _place(a0, tile.a(at["row"], at["group"], depth))
+        word = b[tuple(_place(b0, tile.b(at["group"], depth, at["column"])))]
+        total = T.int32(0)
+        for i in range(EACH[tile.form]):  # no axis: its shifts would be simplified in two ways
+            byte = (word << T.int32(24 - 8 * i)) >> T.int32(24)
+            total = total + T.cast(a[(*first, last + i)], "int32") * byte
+        put(at, total, clear=False)
+
+
+def _place(start: Start, index: tuple) -> list:
+    return [s + i for s, i in zip(start, index, strict=True)]
+
+
 def touch_tile(tile: Tile, buffers: tuple, starts: Sequence[Start]) -> None:
     """State what the sblock around a tile reads and writes."""
-    a, b, c = (
-        buffer[tuple(slice(s, s + extent) for s, extent in zip(start, shape, strict=True))]
+    a, b, c, *s = (
+        _region(buffer, start, shape)
         for buffer, start, shape in zip(buffers, starts, tile.span, strict=True)
     )
-    T.reads(*([a, b] if tile.clear else [c, a, b]))
+    T.reads(*([a, b] if tile.clear else [c, a, b]), *s)
     T.writes(c)
+
+
+def _region(buffer, start: Start, shape: tuple[int, ...]):
+    """Return the region of ``shape`` from ``start``."""
+    return buffer[tuple(slice(s, s + extent) for s, extent in zip(start, shape, strict=True))]
 
 
 def widen(words, half: int, lanes: int):

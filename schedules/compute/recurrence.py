@@ -16,11 +16,15 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
 from tvmstruct.schedules import rational_math
-from tvmstruct.schedules.compute.low_precision import DYNAMIC, quantize, recover_integers
+from tvmstruct.schedules.compute.low_precision import (
+    DYNAMIC,
+    OFFSET,
+    quantize,
+    recover_integers,
+)
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
-OFFSET = 128  # makes bytes of the state unsigned
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ class Member:
         """Return size and dtype of each of its constants."""
         program, n, e = self.program, self.program.n_out, self.epilogue
         found = [
-            (program.words(i) * program.parts, "int32" if i in program.pairs else "float32")
-            for i in range(len(program.weights))
+            (program.words(i) * program.parts, program.type(i)) for i in range(len(program.weights))
         ]
         return found + [(n, "float32")] * (e.bias + 2 * (e.norm is not None))
 

@@ -31,7 +31,7 @@ from tvmstruct.schedules.x86.embedding_rows import embedding_rows
 from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
-from tvmstruct.schedules.x86.precisions import Precision, precision
+from tvmstruct.schedules.x86.precisions import Precision, precision, product_form
 from tvmstruct.skipping import Skip
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
@@ -61,6 +61,10 @@ class X86Kernels:
     def precision(self, name: str) -> Precision:
         """Return how dense layers of a precision other than f32 are computed, or TargetError."""
         return precision(name, self.isa, self.features)
+
+    def product_form(self, precision: str) -> str:
+        """Return the form of the products of a structured operator in a precision."""
+        return product_form(precision, self.isa, self.features)
 
     def chain(self, program: Program, epilogue: Epilogue, rows: int, macs: int) -> Kernel:
         """Return a structured operator as one kernel."""

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.s_tir import Schedule
 
+from tvmstruct.rounding import HALVES
 from tvmstruct.schedules.compute import chain as compute
 from tvmstruct.schedules.compute.chain import RowNest
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.registry import Kernel, Pick, Space, make_kernel, pick_default
 from tvmstruct.schedules.vector_math import replace_math
+from tvmstruct.schedules.x86.bf16_words import llvm_source
 from tvmstruct.schedules.x86.intrinsics import product_tile
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS, SERIAL_MACS
 from tvmstruct.stages import Program
@@ -34,7 +36,7 @@ def chain(
     isa: Isa, program: Program, epilogue: Epilogue, rows: int, macs: int, threads: int = 2
 ) -> Kernel:
     """Return the kernel: arguments x, weights, [bias], [residual], [gamma, beta], y."""
-    work = _Work(isa, program, macs, threads)
+    work = _Work(isa, program, program.steps(macs), threads)
     nest = work.nest(rows, pick_default)
     key = (isa.name, program.key, epilogue, rows == 1, nest)
 
@@ -50,7 +52,8 @@ def chain(
 
 
 def _build(isa: Isa, program: Program, epilogue: Epilogue, nest: RowNest, rows: int | None):
-    definition, tiles = compute.chain(program, nest, epilogue, isa.lanes, rows)
+    llvm = llvm_source() if any(p.form == HALVES for p in program.products) else ""
+    definition, tiles = compute.chain(program, nest, epilogue, isa.lanes, rows, llvm)
     schedule = Schedule(definition)
     schedule_chain(schedule, isa, tiles)
     return replace_math(schedule.mod["main"])
@@ -75,7 +78,7 @@ class _Work:
 
     isa: Isa
     program: Program
-    macs: int  # for one row
+    steps: int  # multiply-adds for one row, or what takes as long
     threads: int
 
     def nest(self, rows: int, pick: Pick) -> RowNest:
@@ -103,8 +106,8 @@ class _Work:
 
     def _shares(self, rows: int, tall: int) -> bool:
         """Return whether each thread takes rows of its own, though it then reads all weights."""
-        enough = rows * self.macs > SERIAL_MACS and rows > tall and self.threads > 1
-        return enough and (self._weights <= CACHED or rows >= 2 * LOW * self.threads)
+        enough = rows * self.steps > SERIAL_MACS and rows > tall and self.threads > 1
+        return enough and (self._weights <= 2 * CACHED or rows >= 2 * LOW * self.threads)
 
     def _block(self, rows: int, blocks: list[int], mode: str) -> int:
         """Return the rows of a block: more where the weights do not stay in cache."""

@@ -16,17 +16,15 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, loops
 from tvmstruct.schedules.compute.dense import Epilogue
-from tvmstruct.schedules.compute.low_precision import LARGEST
+from tvmstruct.schedules.compute.low_precision import LARGEST, ROUNDER, SMALLEST
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.schedules.x86.bf16_dense import padded_tail, row_stride, scratch
+from tvmstruct.schedules.x86.intrinsics import byte_dot
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.word_dense import VECTORS, Problem, Tile, word_dense
 from tvmstruct.targets import Isa
 
 STEP = 16  # elements of x that are rounded together
-OFFSET = 128  # makes bytes of x unsigned
-ROUNDER = 1.5 * 2**23 + OFFSET  # added to v, its low byte is rint(v) + 128 in two's complement
-SMALLEST = 1e-30  # below, the reciprocal of a row's scale could overflow
 
 
 def int8_dense(
@@ -149,13 +147,4 @@ def _absolute(value):
 def _fma(a, b, c):
     return T.call_llvm_pure_intrin(
         T.llvm_lookup_intrinsic_id("llvm.fma"), a, b, c, dtype=f"float32x{STEP}"
-    )
-
-
-def byte_dot(total, left, right, lanes: int):
-    """Return ``total`` plus the products of words, by the instruction of 512 or of 256 bits."""
-    name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
-    words = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (left, right))
-    return T.call_llvm_pure_intrin(
-        T.llvm_lookup_intrinsic_id(name), total, *words, dtype=f"int32x{lanes}"
     )

@@ -6,13 +6,16 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
 
 from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script.ir_builder import tirx as T
 
+from tvmstruct.rounding import BYTES, EACH, HALVES
 from tvmstruct.schedules.builder import argument, block, i64, loops, prim_func, symbol
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile, widen
+from tvmstruct.schedules.x86.bf16_words import DOT
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.targets import Isa
 
@@ -127,11 +130,11 @@ def _product_implementation(isa: Isa, tile: Tile) -> tirx.PrimFunc:
 
     def body() -> None:
         buffers = _tile_arguments(tile, strided=True)
-        code = _Product(tile, *buffers)
+        code = _FORMS.get(tile.form, _Product)(tile, buffers)
         with T.sblock("root"):
             touch_tile(tile, buffers, _starts(tile))
             shape = (len(code.lines), code.vectors)
-            code.store(accumulate(isa, tile.lanes, shape, depth, code.step))
+            code.store(accumulate(isa, tile.lanes, shape, depth, code.step, **code.sums))
 
     return prim_func(body)
 
@@ -141,9 +144,15 @@ class _Product:
     """The register-tile form of a `Tile`: lines are its rows, and its groups where they share b."""
 
     tile: Tile
-    a: object
-    b: object
-    c: object
+    buffers: tuple
+
+    def __post_init__(self) -> None:
+        self.a, self.b, self.c = self.buffers[:3]
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """What `accumulate` has to know of the sums."""
+        return {}
 
     @property
     def vectors(self) -> int:
@@ -172,9 +181,17 @@ class _Product:
         """Write the sums, or add them to what is there."""
         tile = self.tile
         for (line, (row, group)), v in product(enumerate(self.lines), range(self.vectors)):
-            place = self._vector(tile.c(row, group, v if tile.over_groups else v * tile.lanes))
-            value = sums[v][line]
+            place = self._vector(tile.c(row, group, self._column(v)))
+            value = self._value(sums[v][line], row, v)
             T.buffer_store(self.c, value if tile.clear else self.c[place] + value, list(place))
+
+    def _column(self, v: int) -> int:
+        """Return the first column of vector v."""
+        return v if self.tile.over_groups else v * self.tile.lanes
+
+    def _value(self, total, row: int, v: int):
+        """Return what a sum stands for."""
+        return total
 
     def _left(self, row: int, group: int, at: list):
         index = self.tile.a(row, group, at)
@@ -185,14 +202,71 @@ class _Product:
     def _weights(self, at: list, v: int) -> list:
         """Return the weights of vector v, or of the two vectors whose words are there."""
         tile = self.tile
-        index = tile.b(0, at, v if tile.over_groups else v * tile.lanes)
-        lanes = 1 if tile.over_groups and not tile.b_group else tile.lanes
-        found = self.b[index if lanes == 1 else self._vector(index)]
+        found, lanes = self._columns(tile.b(0, at, self._column(v)))
         halves = [widen(found, half, lanes) for half in (0, 1)] if tile.paired else [found]
-        return [h if lanes == tile.lanes else T.broadcast(h, tile.lanes) for h in halves]
+        return [self._spread(h, lanes) for h in halves]
+
+    def _columns(self, index: tuple) -> tuple:
+        """Return words of b for a vector of sums, and how many: one where all lanes share it."""
+        lanes = 1 if self.tile.over_groups and not self.tile.b_group else self.tile.lanes
+        return self.b[index if lanes == 1 else self._vector(index)], lanes
+
+    def _spread(self, value, lanes: int):
+        return value if lanes == self.tile.lanes else T.broadcast(value, self.tile.lanes)
 
     def _vector(self, index: tuple) -> tuple:
         return (*index[:-1], T.ramp(index[-1], 1, self.tile.lanes))
+
+
+class _HalfProduct(_Product):
+    """Words of two bfloat16, whose products are added up in float32."""
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """Sums from zero of dot products."""
+        name, kind = DOT.format(lanes=self.tile.lanes), f"float32x{self.tile.lanes}"
+        return {"dot": lambda *operands: T.call_pure_extern(kind, name, *operands)}
+
+    def _left(self, row: int, group: int, at: list):
+        *first, last = self.tile.a(row, group, at)
+        lanes = self.tile.lanes if self.tile.over_groups else 1
+        words = self.a[(*first, T.ramp(last, 1, EACH[self.tile.form] * lanes))]
+        return self._spread(T.reinterpret(f"int32x{lanes}" if lanes > 1 else "int32", words), lanes)
+
+
+class _ByteProduct(_HalfProduct):
+    """Words of four bytes, whose products are added up in int32, exactly."""
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """Integers that start below zero by what the bytes of ``a`` are too large."""
+
+        def start(_line: int, v: int):
+            return self._spread(*self._columns(self.tile.more(0, self._column(v))[0]))
+
+        def dot(total, left, right):
+            return byte_dot(total, left, right, self.tile.lanes)
+
+        return {"start": start, "dtype": "int32", "dot": dot}
+
+    def _value(self, total, row: int, v: int):
+        tile, lanes = self.tile, self.tile.lanes
+        bits, many = self._columns(tile.more(0, self._column(v))[1])
+        scale = T.reinterpret("float32" if many == 1 else f"float32x{many}", bits)
+        row_scale = T.broadcast(self.buffers[3][tile.s(row)], lanes)
+        return T.cast(total, f"float32x{lanes}") * row_scale * self._spread(scale, many)
+
+
+_FORMS = {BYTES: _ByteProduct, HALVES: _HalfProduct}
+
+
+def byte_dot(total, left, right, lanes: int):
+    """Return ``total`` plus the products of words, by the instruction of up to 512 bits."""
+    name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
+    words = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (left, right))
+    return T.call_llvm_pure_intrin(
+        T.llvm_lookup_intrinsic_id(name), total, *words, dtype=f"int32x{lanes}"
+    )
 
 
 def _starts(tile: Tile) -> list[tuple]:
@@ -202,9 +276,9 @@ def _starts(tile: Tile) -> list[tuple]:
 def _tile_arguments(tile: Tile, *, strided: bool = False) -> tuple:
     """Declare a, b and c of a tile, whose rows, where they are an axis, are any distance apart."""
 
-    def declare(name: str, shape: tuple[int, ...], dtype: str = "float32"):
+    def declare(name: str, shape: tuple[int, ...], dtype: str):
         layout = {"strides": [symbol(f"ld{name}"), 1]} if strided and len(shape) > 1 else {}
         return argument(name, shape, dtype, offset_factor=1, **layout)
 
-    a, b, c = tile.span
-    return declare("a", a), declare("b", b, "int32" if tile.paired else "float32"), declare("c", c)
+    arguments = zip("abcs", tile.span, tile.dtypes, strict=False)
+    return tuple(declare(name, shape, dtype) for name, shape, dtype in arguments)

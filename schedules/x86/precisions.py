@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvmstruct.errors import TargetError
+from tvmstruct.rounding import BYTES, HALVES
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.low_precision import (
     DYNAMIC,
+    OFFSET,
     pack_words,
     pad_columns,
     quantize,
@@ -22,7 +24,7 @@ from tvmstruct.schedules.x86 import amx
 from tvmstruct.schedules.x86.amx import amx_bf16_dense, amx_int8_dense
 from tvmstruct.schedules.x86.bf16_dense import bf16_dense, bf16_weight_dense
 from tvmstruct.schedules.x86.dynamic_dense import dynamic_dense
-from tvmstruct.schedules.x86.int8_dense import OFFSET, int8_dense
+from tvmstruct.schedules.x86.int8_dense import int8_dense
 from tvmstruct.schedules.x86.word_dense import panel_width
 from tvmstruct.targets import Isa
 
@@ -75,6 +77,13 @@ def precision(name: str, isa: Isa, features: frozenset[str]) -> Precision:
     if name == "bf16":
         note += f": the target has no {BF16}"
     return Precision(name, isa, note, ("words",), bf16_weight_dense, _bf16)
+
+
+def product_form(name: str, isa: Isa, features: frozenset[str]) -> str:
+    """Return the form of the products of structured layers in a precision."""
+    if name == "bf16" and isa.name == "avx512" and BF16 in features:
+        return HALVES
+    return {"f32": "float", "int8": BYTES}.get(name, "pairs")
 
 
 def _int8_precision(isa: Isa, features: frozenset[str]) -> Precision:

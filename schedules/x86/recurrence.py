@@ -173,10 +173,7 @@ class _Kernel:
         for (first, gates), program in zip(hidden_parts(side.cell), programs, strict=True):
             sizes = [(layout.each * gates * layout.size, "float32")]
             if program is not None:
-                sizes = [
-                    (program.words(i), "int32" if i in program.pairs else "float32")
-                    for i in range(len(program.weights))
-                ]
+                sizes = [(program.words(i), program.type(i)) for i in range(len(program.weights))]
             name = f"w{number}_{first}_"
             found.append([argument(f"{name}{i}", (i64(n),), d) for i, (n, d) in enumerate(sizes)])
         return found

@@ -17,10 +17,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import loops
-from tvmstruct.schedules.compute.low_precision import LARGEST
+from tvmstruct.schedules.compute.low_precision import LARGEST, ROUNDER
 from tvmstruct.schedules.compute.recurrence import Units
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch, splat, spread
-from tvmstruct.schedules.x86.int8_dense import ROUNDER, byte_dot
+from tvmstruct.schedules.x86.intrinsics import byte_dot
 from tvmstruct.schedules.x86.recurrent_product import BlockProduct, Step, Tile, Update
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.rounding import Extremes, Rounding, fence, sum_lanes

@@ -15,7 +15,6 @@ from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.chain import schedule_chain
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS
-from tvmstruct.stages import MatMul
 from tvmstruct.targets import Isa
 
 MACS = 1 << 21  # of a layer: with more, the cost of a kernel of its own no longer counts
@@ -31,16 +30,18 @@ def pays(isa: Isa, op: Op, precision: str, rows: int, threads: int) -> bool:
         return False
     if isinstance(op, Dense):
         return precision == "f32" and rows == 1 and op.macs <= DENSE_MACS
-    return precision in ("f32", "bf16", "bf16-weights") and rows * op.macs <= MACS
+    return rows * op.macs <= MACS
 
 
 def sequence(
     isa: Isa, members: Sequence[Member], inputs: Sequence[int], rows: int, threads: int
 ) -> Kernel:
     """Return the kernel: arguments are the inputs, the constants, y."""
-    stages = [stage for member in members for stage in member.program.stages]
-    macs = sum(stage.macs for stage in stages if isinstance(stage, MatMul))
-    nest = _nest(isa, rows, macs, len(stages), threads)
+    programs = [member.program for member in members]
+    macs = sum(p.parts * product.macs for p in programs for product in p.products)
+    steps = sum(p.parts * product.steps for p in programs for product in p.products)
+    phases = sum(1 if p.parts > 1 else len(p.stages) for p in programs)
+    nest = _nest(isa, rows, steps, phases, threads)
 
     def build() -> tirx.PrimFunc:
         definition, tiles = compute.sequence(members, inputs, rows, nest, isa.lanes)
@@ -52,21 +53,21 @@ def sequence(
     return make_kernel("sequence", key, build, work=macs)
 
 
-def _nest(isa: Isa, rows: int, macs: int, stages: int, threads: int) -> RowNest:
+def _nest(isa: Isa, rows: int, steps: int, phases: int, threads: int) -> RowNest:
     """Return how threads share the work: their own rows, parts of all stages, or not at all."""
     mode, height = "none", rows
-    if _block(rows, threads) < rows and _pays(rows, macs, 0, threads):
+    if _block(rows, threads) < rows and _pays(rows, steps, 0, threads):
         mode, height = "rows", rows // threads
-    elif _pays(rows, macs, stages, threads):
+    elif _pays(rows, steps, phases, threads):
         mode = "team"
     heights = tuple(h for h in HEIGHTS[isa.name] if h <= height)
     return RowNest(heights, height, mode, isa.registers * 3 // 4, threads)
 
 
-def _pays(rows: int, macs: int, stages: int, threads: int) -> bool:
-    """Return whether threads that wait for each other after each stage are faster than one."""
-    saved = macs * max(2, rows) * (threads - 1) // threads  # one row waits for its weights
-    return saved > WAKE_MACS + stages * PHASE_MACS
+def _pays(rows: int, steps: int, phases: int, threads: int) -> bool:
+    """Return whether threads that wait for each other after each phase are faster than one."""
+    saved = steps * max(2, rows) * (threads - 1) // threads  # one row waits for its weights
+    return saved > WAKE_MACS + phases * PHASE_MACS
 
 
 def _block(rows: int, threads: int) -> int:

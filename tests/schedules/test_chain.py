@@ -18,7 +18,7 @@ from tvmstruct.folding import fold
 from tvmstruct.parts import lower_parts
 from tvmstruct.schedules.builder import argument, prim_func
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
-from tvmstruct.schedules.compute.low_precision import pair_vectors, round_bf16
+from tvmstruct.schedules.compute.low_precision import pack_product, round_bf16
 from tvmstruct.schedules.compute.product_tile import Tile, emit_tile, touch_tile
 from tvmstruct.schedules.x86 import X86Kernels
 from tvmstruct.schedules.x86.intrinsics import product_tile
@@ -51,10 +51,10 @@ def check(
     epilogue: Epilogue,
     rng,
     macs: int | None = None,
-    paired: bool = False,
+    form: str = "float",
 ) -> None:
     kernels = X86Kernels(isa, threads=2)
-    programs = {name: lower(EXPRESSIONS[name], isa.lanes, paired=paired) for name in names}
+    programs = {name: lower(EXPRESSIONS[name], isa.lanes, form=form) for name in names}
     made = {
         (name, rows): kernels.chain(p, epilogue, rows, macs or EXPRESSIONS[name].macs)
         for name, p in programs.items()
@@ -72,7 +72,7 @@ def compare(function, op, program, rows: int, rng, epilogue=PLAIN) -> None:
     bias, residual = rng.normal(size=op.n_out), rng.normal(size=(rows, op.n_out))
     more = extras(epilogue, bias, residual)
     weights = [stored(program, i) for i in range(len(program.weights))]
-    if program.pairs:
+    if any(product.form == "pairs" for product in program.products):
         op = ops.map_arrays(
             fold(op), lambda w: w if w.ndim == 1 else round_bf16(w).astype(np.float32)
         )
@@ -83,8 +83,7 @@ def compare(function, op, program, rows: int, rng, epilogue=PLAIN) -> None:
 
 
 def stored(program, i: int):
-    words = program.stored(i, pair_vectors)
-    return tvm.runtime.tensor(words) if i in program.pairs else words
+    return tvm.runtime.tensor(program.stored(i, pack_product))
 
 
 @every_isa
@@ -143,7 +142,7 @@ def test_a_layer_of_real_size(isa, rng):
 def test_bf16_weights(isa, rng):
     families = FAMILIES if isa.name == "avx512" else FAMILIES[:2]  # each takes a second to build
     names = [*families, "product", "sum", "array used twice", "dense 1x1", "vvma 24x36 k=4"]
-    check(isa, names, Epilogue(True, "none", True), rng, paired=True)
+    check(isa, names, Epilogue(True, "none", True), rng, form="pairs")
 
 
 @every_isa
@@ -237,17 +236,17 @@ TILES = {
     "one row, one group": dict(rows=1, groups=1, columns=1, a_group=0, c_group=0),
     "onto old sums": dict(rows=2, groups=1, columns=3, a_group=0, c_group=0, clear=False),
     "scratch rows": dict(rows=4, groups=1, columns=2, a_group=0, c_group=0, a_row=60, c_row=99),
-    "words": dict(rows=3, groups=2, columns=2, a_group=2, c_group=96, paired=True),
+    "words": dict(rows=3, groups=2, columns=2, a_group=2, c_group=96, form="pairs"),
     "over groups": dict(over=True, rows=3, columns=4, a_group=1, c_group=1),
     "over groups, shared": dict(over=True, rows=1, columns=2, a_group=1, c_group=1, shared=True),
-    "over groups, words": dict(over=True, rows=2, columns=2, a_group=1, c_group=1, paired=True),
+    "over groups, words": dict(over=True, rows=2, columns=2, a_group=1, c_group=1, form="pairs"),
 }
 
 
 def tile_of(isa, case: dict) -> Tile:
-    case = {"over": False, "shared": False, "paired": False, "clear": True, **case}
+    case = {"over": False, "shared": False, "form": "float", "clear": True, **case}
     over, lanes, columns = case.pop("over"), isa.lanes, case.pop("columns")
-    shared, words = case.pop("shared"), 2 if case["paired"] else 1
+    shared, words = case.pop("shared"), 2 if case["form"] == "pairs" else 1
     each = (1 if shared else lanes) if over else 1
     width = columns * (each if over else lanes) // words
     case = {"a_row": None, "c_row": None, "groups": lanes, **case}
@@ -260,9 +259,8 @@ def tile_of(isa, case: dict) -> Tile:
 
 def product_alone(tile: Tile) -> tvm.tirx.PrimFunc:
     def body() -> None:
-        a, b, c = tile.span
-        buffers = argument("a", a), argument("b", b, "int32" if tile.paired else "float32")
-        buffers = *buffers, argument("c", c)
+        named = zip("abcs", tile.span, tile.dtypes, strict=False)
+        buffers = tuple(argument(*one) for one in named)
         starts = [(T.int64(0),) * len(shape) for shape in tile.span]
         with T.sblock("root"), T.sblock("product"):
             touch_tile(tile, buffers, starts)
@@ -339,7 +337,7 @@ def test_equal_programs_share_a_kernel_and_different_ones_do_not(rng):
 @pytest.mark.parametrize("paired", [False, True])
 def test_parts_with_weights_of_their_own(isa, paired, rng):
     op = families.bh4(normal(2, 4, 4, 8, 8), 27, 64)
-    program = lower_parts(op, isa.lanes, 2, paired=paired)
+    program = lower_parts(op, isa.lanes, 2, form="pairs" if paired else "float")
     assert program.parts == 2
     epilogue, kernels = EPILOGUES[0], X86Kernels(isa, threads=2)
     made = {rows: kernels.chain(program, epilogue, rows, PARALLEL) for rows in (1, 3, 37)}

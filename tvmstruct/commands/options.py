@@ -43,7 +43,10 @@ ShapeOption = Annotated[
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(help="Of dense layers: f32, bf16, bf16-weights or int8; the last three lose.")
+    str,
+    typer.Option(
+        help="Of dense and structured layers: f32, bf16, bf16-weights or int8; the last three lose."
+    ),
 ]
 Measure = Annotated[
     bool,
