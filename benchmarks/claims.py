@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from cases import Encoder, Stack, Work
 from embedding_cases import Lookup
 from lookup_cases import LookupCase
-from peers import BF16_PEERS, F32_PEERS, OURS, OURS_BASELINE, OURS_BF16, OURS_DENSE
+from peers import BF16_PEERS, F32_PEERS, OURS, OURS_BASELINE, OURS_BF16, OURS_DENSE, OURS_INT8
 from recurrent_cases import LstmCase, PackagedCase
 from transformer_cases import TransformerCase
 
@@ -55,6 +55,7 @@ class Faster:
             (OURS_DENSE,): "own dense",
             (OURS_BASELINE,): "own baseline",
             (OURS,): "own exact",
+            (OURS_BF16,): "own bf16",
         }
         name = known.get(self.peers, ", ".join(self.peers))
         return f"over {name}" + (", / saving" if self.per_saving else "")
@@ -128,7 +129,7 @@ class Line:
     @property
     def precision(self) -> str:
         """What products are computed in: the peak that bounds the line."""
-        return "bf16" if self.ours == OURS_BF16 else "f32"
+        return {OURS_BF16: "bf16", OURS_INT8: "int8"}.get(self.ours, "f32")
 
     @property
     def runners(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from tvmstruct.ops import Array
 SKIP = 13.0  # under the maximum: with scores of a `Question` the output is wrong by 0.3%
 OPTIONS: dict[str, dict[str, Any]] = {
     "tvmstruct-bf16": {"precision": "bf16"},
+    "tvmstruct-int8": {"precision": "int8"},
     "tvmstruct-baseline": {"memory": "baseline"},
     "tvmstruct-minimal": {"memory": "minimal"},
     "tvmstruct-skip": {"skip": SKIP},

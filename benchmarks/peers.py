@@ -22,6 +22,7 @@ Call = Callable[[], Any]
 F32_PEERS = ("torch", "onnxruntime", "openvino-f32")
 BF16_PEERS = ("openvino-default", "torch-bf16")  # OpenVINO's default is bf16 where the CPU has it
 OURS, OURS_BF16, OURS_DENSE = "tvmstruct", "tvmstruct-bf16", "tvmstruct-dense"
+OURS_INT8 = "tvmstruct-int8"
 OURS_BASELINE, OURS_MINIMAL = "tvmstruct-baseline", "tvmstruct-minimal"
 OURS_SKIP = "tvmstruct-skip"
 WARM_UP = 0.1  # seconds after which three calls are not waited for

@@ -25,11 +25,13 @@ from tvmstruct.roofline import (
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func
 from tvmstruct.schedules.x86 import bf16_dense
 from tvmstruct.schedules.x86.amx import LEFT, RIGHT, AmxTiles
+from tvmstruct.schedules.x86.intrinsics import byte_dot
+from tvmstruct.schedules.x86.precisions import VNNI
 from tvmstruct.targets import TargetSpec, resolve
 
 LEVELS = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}  # bytes a thread
 TILE_WORDS, TILE_FLOPS = 256, 2 * 16 * 16 * 32  # of an AMX tile, and of one product of two
-WIDTHS = {"f32": 4, "bf16": 2}  # bytes of a weight by precision
+WIDTHS = {"f32": 4, "bf16": 2, "int8": 1}  # bytes of a weight by precision
 
 
 class Roof:
@@ -102,6 +104,10 @@ class Roof:
             found["bf16 dot"] = _dot_peak(self.spec, self.threads)
         else:
             self.skipped.append(f"bf16 dot: the CPU has no {bf16_dense.DOT}")
+        if VNNI.get(self.spec.isa.name) in self.spec.features:
+            found["int8 dot"] = _byte_peak(self.spec, self.threads)
+        else:
+            self.skipped.append("int8 dot: the CPU has no VNNI")
         if "amx-bf16" in self.spec.features:
             found["bf16 AMX from L2"] = _amx_peak(self.spec, self.threads)
         else:
@@ -116,6 +122,16 @@ def _dot_peak(spec: TargetSpec, threads: int) -> Limit:
 
 def _dot(total, left, right):
     return T.call_pure_extern("float32x16", "tvmstruct_bf16_dot", total, left, right)
+
+
+def _byte_peak(spec: TargetSpec, threads: int) -> Limit:
+    a, lanes = np.full((threads, spec.isa.lanes), 0x01010101, np.int32), spec.isa.lanes
+
+    def dot(total, left, right):
+        sums = byte_dot(T.reinterpret(f"int32x{lanes}", total), left, right, lanes)
+        return T.reinterpret(f"float32x{lanes}", sums)
+
+    return register_peak(spec, a, 4, "", dot)
 
 
 def amx_loop(threads: int, steps: int, repeat: int) -> tirx.PrimFunc:

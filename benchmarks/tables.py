@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from claims import Result, Verdict, judge
-from peers import OURS, OURS_BF16, OURS_DENSE
+from peers import OURS, OURS_BF16, OURS_DENSE, OURS_INT8
 from rich.console import Console
 from rich.table import Table
 from roofline import Roof
@@ -14,6 +14,7 @@ from roofline import Roof
 SHORT = {
     OURS: "ours",
     OURS_BF16: "ours bf16",
+    OURS_INT8: "ours int8",
     OURS_DENSE: "own dense",
     "onnxruntime": "ORT",
     "openvino-f32": "OV f32",
@@ -95,7 +96,8 @@ def _remarks(results: Sequence[Result]) -> list[str]:
         for name, why in r.failures.items():
             found.setdefault(f"{name} did not run: {why}", []).append(r.line.name)
         for name, form in r.forms.items():
-            if name == OURS_BF16 and "bf16" not in form:
+            asked = {OURS_BF16: "bf16", OURS_INT8: "int8"}.get(name, "")
+            if asked not in form:
                 found.setdefault(f"{name} compiled as {form}, in f32", []).append(r.line.name)
     return [f"{text} ({', '.join(lines)})" for text, lines in found.items()]
 
