@@ -223,6 +223,20 @@ class Prober:
             raise Unknown("looks up something else than rows of a table")
         return self._by_parts(call, table, indices)
 
+    def _gather_elements(self, call: relax.Call) -> Probed:
+        """Look rows up by a code that is written out for all their columns."""
+        table, index = evaluate(self.graph, call.args[0]), self.run(call.args[1])
+        rank, axis = len(index.axes), int(call.attrs.axis)
+        codes, wide = index.array[..., :1], index.array
+        if table is None or rank < 2 or axis % rank != rank - 2 or (wide != codes).any():
+            raise Unknown("looks up something else than rows of a table")
+        lead = table.shape[:-2]
+        if [size_of(a) for a in index.axes[:-2]] != list(lead) or wide.shape[-1] != table.shape[-1]:
+            raise Unknown("looks up rows of some tables or columns only")
+        first = np.arange(prod(lead)).reshape(*lead, 1) * table.shape[-2]
+        rows = Probed(index.axes[:-1], codes[..., 0] + first, index.gathers)
+        return self._gathered(call, table.reshape(-1, table.shape[-1]), rows, table.shape[-1:])
+
     def _by_parts(self, call: relax.Call, table: np.ndarray, parts: list[Probed]) -> Probed:
         """Look rows up under an index for each of the first axes of a table."""
         steps = [prod(table.shape[i + 1 : len(parts)]) for i in range(len(parts))]

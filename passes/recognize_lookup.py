@@ -46,7 +46,7 @@ COMPARED = (
     "relax.sign",
     "relax.argmax",
 )
-LOOKUPS = ("relax.take", "relax.gather_nd", "relax.index_tensor")
+LOOKUPS = ("relax.take", "relax.gather_nd", "relax.index_tensor", "relax.gather_elements")
 LAYOUT = (*RESHAPES, "relax.permute_dims")
 TOLERANCE = 1e-5  # of the largest entry of a row
 

@@ -198,6 +198,17 @@ def two_indices(b):
 
 
 @spelling()
+def elements_of_stacked_tables(b):
+    """GatherElements: codes of every table written out for all columns, tables first."""
+    z = grouped(b, B * S)
+    wide = b.op("Unsqueeze", b.op("Transpose", code(b, z), perm=[1, 0]), b.const([-1], "int64"))
+    wide = b.op("Expand", wide, b.const([H, B * S, N], "int64"))
+    rows = b.op("GatherElements", table(b, H, ROWS, N), wide, axis=1)
+    weights = b.op("Unsqueeze", b.op("Transpose", score(b, z), perm=[1, 0]), b.const([-1], "int64"))
+    return b.reshape(sum_over(b, b.op("Mul", rows, weights), 0), B, S, N)
+
+
+@spelling()
 def table_by_table(b):
     """A loop over tables, unrolled; each adds its row."""
     z = grouped(b)
@@ -324,6 +335,16 @@ def compared(b, op, limit):
     total = sum_over(b, b.op("Mul", bits, b.const(PLACES)), -1)
     codes = b.op("Cast", total, to=models.INT64)
     return weighted(b, b.op("Gather", table(b, H * ROWS, N), offset(b, codes)), score(b, z))
+
+
+@refused("looks up something else than rows of a table")
+def elements_of_another_axis(b):
+    """GatherElements along the columns: no row is looked up."""
+    z = grouped(b, B * S)
+    wide = b.op("Unsqueeze", b.op("Transpose", code(b, z), perm=[1, 0]), b.const([-1], "int64"))
+    wide = b.op("Expand", wide, b.const([H, B * S, 1], "int64"))
+    rows = b.op("GatherElements", table(b, H, N, ROWS), wide, axis=2)
+    return b.reshape(sum_over(b, rows, 0), B, S, 1)
 
 
 @refused("another threshold")

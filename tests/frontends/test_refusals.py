@@ -35,7 +35,7 @@ def test_all_unsupported_operators_are_listed():
 
 
 def test_computed_scatter_is_refused():
-    nodes = [helper.make_node("GatherElements", ["x", "i"], ["y"], name="culprit")]
+    nodes = [helper.make_node("ScatterElements", ["x", "i", "x"], ["y"], name="culprit")]
     inputs = [value("x", [4, 5]), value("i", [4, 5], INT64)]
     model = models.make_model(nodes, inputs, [value("y", None)])
     with pytest.raises(UnsupportedOperatorError, match=r"culprit.*constant positions"):

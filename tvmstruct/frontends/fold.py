@@ -120,7 +120,8 @@ def _dtype_range(state: Folder, node: NodeProto) -> Range:
 def _keep(state: Folder, node: NodeProto) -> None:
     if node.op_type == "LayerNormalization" and any(node.output[1:]):
         raise UnsupportedOperatorError(f"{describe(node)}: only its first output can be compiled")
-    checked = node.op_type == "GatherND" and not attribute(node, "batch_dims", 0)  # by clipping
+    clipped = node.op_type == "GatherElements"
+    checked = clipped or (node.op_type == "GatherND" and not attribute(node, "batch_dims", 0))
     if node.op_type in INDEXED and not checked and node.input[1] not in state.values:
         raise UnsupportedOperatorError(
             f"{describe(node)}: positions that are computed from the inputs cannot be checked; "

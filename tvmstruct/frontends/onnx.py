@@ -26,6 +26,7 @@ from tvmstruct.frontends.analyse import (
     fold_at_probes,
 )
 from tvmstruct.frontends.einsum import einsum
+from tvmstruct.frontends.elements import gather_elements
 from tvmstruct.frontends.fold import Folded, fold
 from tvmstruct.frontends.fold_static import fold_static
 from tvmstruct.frontends.inputs import with_constants, with_shapes
@@ -109,6 +110,9 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return self.bb.normalize(self._gather(node, inputs[0], inputs[1]))
         if op_name == "GatherND" and isinstance(inputs[1], relax.Expr):
             return self._gather_nd(node, inputs[0], inputs[1])
+        if op_name == "GatherElements" and isinstance(inputs[1], relax.Expr):
+            axis = attribute(node, "axis", 0)
+            return gather_elements(self.bb.normalize, inputs[0], inputs[1], axis)
         if op_name in ("Max", "Min", "Clip"):
             return self._bound(op_name, list(inputs))
         if op_name == "Pad" and (padded := self._pad(node, inputs[0])) is not None:

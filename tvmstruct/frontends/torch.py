@@ -17,7 +17,7 @@ from tvmstruct.errors import (
     TvmstructError,
     UnsupportedOperatorError,
 )
-from tvmstruct.frontends import torch_structured
+from tvmstruct.frontends import torch_lookup, torch_structured
 from tvmstruct.frontends.relax import from_relax, secure_lookups
 from tvmstruct.frontends.source import Dim, Shape, Source, TensorSpec, new_tensor
 from tvmstruct.frontends.torch_recurrent import RecurrentLayers, decompose
@@ -113,6 +113,7 @@ class _Importer:
                 run_ep_decomposition=False,
                 custom_convert_map={
                     **self.recurrent.converters(program),
+                    **torch_lookup.CONVERTERS,
                     torch_structured.NAME: torch_structured.convert_structured,
                 },
             )
