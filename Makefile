@@ -19,7 +19,7 @@ demo: $(STAMP)-demo  ## compile a real sentence encoder, check it, compare its s
 	$(BIN)/tvmstruct demo
 
 test: $(STAMP)-dev  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 test-slow: $(STAMP)-dev  ## the slow tests only: fuzzing, searches
 	$(BIN)/python -m pytest -m slow $(PYTEST)

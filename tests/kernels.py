@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tvm
 
+from tvmstruct.building import build_library
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Pick, pick_default
 from tvmstruct.targets import ISAS, Isa
@@ -24,7 +25,7 @@ def build(isa: Isa, kernels: Mapping[str, tvm.tirx.PrimFunc]) -> tvm.runtime.Mod
     """Compile PrimFuncs for an ISA as one library."""
     target = tvm.target.Target({"kind": "llvm", "mcpu": CPUS[isa.name], "num-cores": 2})
     named = {n: f.with_attr("global_symbol", n) for n, f in kernels.items()}
-    return tvm.compile(tvm.IRModule(named), target=target).mod
+    return build_library(tvm.IRModule(named), target)
 
 
 def random_picks(rng: np.random.Generator, count: int) -> list[Pick]:

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 
 from tests.kernels import GUARD, extras
+from tvmstruct.building import build_library
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel, Pick
 from tvmstruct.schedules.x86.precisions import Precision, precision
@@ -40,7 +41,7 @@ def choose(name: str, isa: str, features: set[str] | None = None) -> Precision:
 def build(kernels: list[Kernel], isa: str) -> tvm.runtime.Module:
     """Compile kernels as one library."""
     functions = {kernel.symbol: kernel.func for kernel in kernels}
-    return tvm.compile(tvm.IRModule(functions), target=target(isa).target).mod
+    return build_library(tvm.IRModule(functions), target(isa).target)
 
 
 def call(function, arrays: list[np.ndarray], rows: int, columns: int) -> np.ndarray:

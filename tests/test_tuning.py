@@ -61,7 +61,10 @@ def record(seconds=1e-6, choices=None, **changes):
 def tuned(tmp_path_factory):
     """Return a folder and the report of a real, short search."""
     folder = tmp_path_factory.mktemp("tuned")
-    return folder, tune(folder, trials=TRIALS)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in (("ROUNDS", 2), ("WINDOWS", 3), ("MAX_BUILDERS", 1)):
+            patch.setattr(tuning, name, few)
+        return folder, tune(folder, trials=TRIALS)
 
 
 # choices

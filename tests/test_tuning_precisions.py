@@ -15,7 +15,7 @@ from tests.low_precision import target
 from tests.schedules.test_bf16_dense import rounded
 from tests.schedules.test_int8_dense import reference
 from tests.test_tuning import ROWS, SHAPES, K, N, one_layer
-from tvmstruct import tuning
+from tvmstruct import tuning, tuning_worker
 from tvmstruct.database import Database, Record, Workload, machine
 from tvmstruct.errors import InputError, TargetError
 from tvmstruct.testing import tolerance
@@ -43,6 +43,17 @@ class Runner:
         return [_Done(ms.runner.RunnerResult([s], None)) for s in seconds]
 
 
+class BuilderHere:
+    """Builds as `tuning.Builder` does, without processes that first have to import TVM."""
+
+    def __init__(self, processes: int) -> None:
+        assert processes >= 1
+
+    def build(self, jobs):
+        """Return the library's path and no error for each job."""
+        return [(tuning_worker.build(job), "") for job in jobs]
+
+
 class _Done:
     def __init__(self, found) -> None:
         self.result = lambda: found
@@ -50,9 +61,11 @@ class _Done:
 
 def tune(folder, spec, source=None, shapes=SHAPES, **options):
     runner, source = Runner(), source or one_layer()[0]
-    report = tvmstruct.tune(
-        source, spec, shapes=shapes, database=folder, runner=runner, progress=False, **options
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "Builder", BuilderHere)
+        report = tvmstruct.tune(
+            source, spec, shapes=shapes, database=folder, runner=runner, progress=False, **options
+        )
     return report, runner
 
 
@@ -116,7 +129,7 @@ def test_amx_is_tuned_for_another_machine(tmp_path, precision):
 
 
 def test_a_search_really_measures_words(tmp_path, monkeypatch):
-    for name, few in (("ROUNDS", 1), ("WINDOWS", 2)):
+    for name, few in (("ROUNDS", 1), ("WINDOWS", 2), ("MAX_BUILDERS", 1)):
         monkeypatch.setattr(tuning, name, few)
     report = tvmstruct.tune(
         one_layer()[0],

@@ -12,6 +12,7 @@ import tvm
 
 from tvmstruct import pipeline
 from tvmstruct.buckets import Policy
+from tvmstruct.building import build_kernels
 from tvmstruct.database import selector
 from tvmstruct.embeddings import TABLE_FAMILIES
 from tvmstruct.errors import InputError, PlanError
@@ -171,11 +172,9 @@ class Compiler:
             )
 
     def _kernels(self, lowered: pipeline.Lowered) -> list[tvm.runtime.Module]:
-        """Compile the kernels that no bucket before needed, as one library."""
+        """Compile the kernels that no bucket before needed."""
         new = {s: k.func for s, k in lowered.kernels.items() if s not in self.libraries}
-        if new:
-            library = tvm.compile(tvm.IRModule(new), target=self.session.spec.target).mod
-            self.libraries |= dict.fromkeys(new, library)
+        self.libraries |= build_kernels(new, self.session.spec.target)
         return list({id(lib): lib for s in lowered.kernels if (lib := self.libraries[s])}.values())
 
     def _check_plan(self) -> None:

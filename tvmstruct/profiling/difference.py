@@ -17,6 +17,7 @@ import tvm
 from tvm import relax
 
 from tvmstruct import compat
+from tvmstruct.building import build_library
 from tvmstruct.layers import FeedForward, Layer, LayerTable, Node, ProjectedAttention
 from tvmstruct.measure import random_array
 from tvmstruct.passes.emit_kernels import EmitKernels
@@ -87,7 +88,7 @@ def _compare(session: Session, call: KernelCall, variants: Sequence[_Variant]) -
     kernels = [_kernel(session, call, n) for n in (call.node, *(v.node for v in variants))]
     dropped = [0, *(v.dropped for v in variants)]
     funcs = {kernel.symbol: kernel.func for kernel in kernels}
-    library = tvm.compile(tvm.IRModule(funcs), target=session.spec.target).mod
+    library = build_library(tvm.IRModule(funcs), session.spec.target)
     rng = np.random.default_rng(0)
     *inputs, out = (
         tvm.runtime.tensor(random_array(rng, *pair))
