@@ -14,7 +14,6 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.errors import TargetError
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.recurrent import Cell
 from tvmstruct.rewrite import Graph, Reject
@@ -22,7 +21,6 @@ from tvmstruct.schedules import Kernels
 from tvmstruct.schedules.compute.low_precision import DYNAMIC, round_bf16, stored_error
 
 TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
-INEXACT = "f32: the target cannot multiply bytes; ONNX Runtime rounds activations here"
 PROBES = 64  # random rows for the error of a structured operator
 
 
@@ -80,11 +78,7 @@ class ChoosePrecision:
         if not known or layer.precision != "f32":
             return layer
         form = self.forms[layer.key]
-        try:
-            form.reason = self.kernels.precision(DYNAMIC).note
-        except TargetError:
-            form.reason = INEXACT
-            return layer
+        form.reason = self.kernels.precision(DYNAMIC).note
         form.precision, form.bytes = DYNAMIC, self._bytes(layer.op, DYNAMIC)
         return replace(layer, precision=DYNAMIC)
 

@@ -152,10 +152,35 @@ def _fma(a, b, c):
     )
 
 
-def byte_dot(total, left, right, lanes: int):
-    """Return ``total`` plus the products of words, by the instruction of 512 or of 256 bits."""
+def byte_dot(total, left, right, lanes: int, *, dots: bool = True):
+    """Return ``total`` plus the products of words, by the instruction of 512 or of 256 bits.
+
+    Without ``dots`` pairs of bytes are widened to 16 bits first: exact on every CPU.
+    """
+    if not dots:
+        return _pair_dot(total, left, right, lanes)
     name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
     words = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (left, right))
     return T.call_llvm_pure_intrin(
         T.llvm_lookup_intrinsic_id(name), total, *words, dtype=f"int32x{lanes}"
     )
+
+
+PAIRS = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}
+
+
+def _pair_dot(total, left, right, lanes: int):
+    """Return ``total`` plus products of unsigned by signed bytes: those in even places, then odd.
+
+    ``pmaddubsw`` multiplies bytes, but its sums of two saturate.
+    """
+    mask = T.broadcast(T.int32(0x00FF00FF), lanes)
+    eight = T.broadcast(T.int16(8), 2 * lanes)
+    whole = T.reinterpret(f"int16x{2 * lanes}", right)
+    unsigned = left & mask, (left >> T.broadcast(T.int32(8), lanes)) & mask
+    signed = (whole << eight) >> eight, whole >> eight
+    number = T.llvm_lookup_intrinsic_id(f"llvm.x86.{PAIRS[lanes]}")
+    for a, b in zip(unsigned, signed, strict=True):
+        pairs = T.reinterpret(f"int16x{2 * lanes}", a)
+        total = total + T.call_llvm_pure_intrin(number, pairs, b, dtype=f"int32x{lanes}")
+    return total

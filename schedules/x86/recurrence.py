@@ -93,7 +93,8 @@ def recurrence(
         schedule_chain(schedule, isa, list(tiles))
         return replace_math(schedule.mod["main"])
 
-    key = (isa.name, r, keys, workers, apart)
+    by_pairs = not isa.dots and any(side.rounded for side in r.sides)
+    key = (f"{isa.name}{' pairs' if by_pairs else ''}", r, keys, workers, apart)
     return make_kernel("recurrence", key, build, work=macs)
 
 

@@ -214,7 +214,7 @@ def _byte_sums(
     return accumulate(
         shape.isa, lanes, (tile.height, columns), words, step,
         lambda line, column: start(line, _columns(product, tile, column)), dtype="int32",
-        dot=lambda total, left, right: byte_dot(total, left, right, lanes),
+        dot=lambda total, left, right: byte_dot(total, left, right, lanes, dots=shape.isa.dots),
     )  # fmt: skip
 
 
