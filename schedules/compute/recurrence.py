@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
 from tvmstruct.schedules.compute.low_precision import quantize
+from tvmstruct.schedules.vector_math import tanh_fraction
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
@@ -170,6 +171,20 @@ class Vectors:
             x = self.keep(T.min(self.splat(clip), T.max(self.splat(-clip), x)))
         return self.keep(_ACTIVATIONS[activation.name](self, x, *activation.parameters))
 
+    def fraction(self, activation: Activation, x: Expr, clip: float | None) -> tuple[Expr, Expr]:
+        """Return numerator and denominator of a sigmoid or a tanh of ``x``, cut to the clip.
+
+        Products of activations then share a division; one that is cut at 1 may be over it by the
+        error of its fit, 5e-7.
+        """
+        if clip is not None:
+            x = T.min(self.splat(clip), T.max(self.splat(-clip), x))
+        x = self.keep(x)
+        if activation.name == "sigmoid":
+            return self.splat(1), self.keep(self.splat(1) + T.exp(self.splat(0) - x))
+        top, bottom = tanh_fraction(x)
+        return self.keep(top), self.keep(bottom)
+
     def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
         """Return a where the condition holds, else b."""
         return T.Select(condition, a, b)
@@ -234,6 +249,14 @@ def lstm_step(cell: Cell, v: Vectors, at: Reads, u: Sequence[Expr]) -> tuple[Exp
             value = value + at.peephole(hole) * (c if state is None else state)
         return v.keep(value)
 
+    if not cell.coupled and [a.name for a in act] == ["sigmoid", "tanh", "tanh"]:
+        _, i = v.fraction(act[0], total(0, 0), cell.clip)
+        _, f = v.fraction(act[0], total(1, 1), cell.clip)
+        top, g = v.fraction(act[1], total(2), cell.clip)
+        new = v.keep(c / f + top / v.keep(i * g))
+        _, o = v.fraction(act[0], total(3, 2, new), cell.clip)
+        top, bottom = v.fraction(act[2], new, None)
+        return v.keep(top / v.keep(o * bottom)), new
     i = v.activate(act[0], total(0, 0), cell.clip)
     f = v.splat(1) - i if cell.coupled else v.activate(act[0], total(1, 1), cell.clip)
     g = v.activate(act[1], total(2), cell.clip)

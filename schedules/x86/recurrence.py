@@ -258,7 +258,7 @@ class _Side:
         """Emit one step of all rows."""
         now, then = t % 2 * self.size, (t + 1) % 2 * self.size
         if not self.cell.split_reset:
-            self.products[0].emit(self.state, now, partial(self._update, t, now, then))
+            self.products[0].emit(self.state, now, t % 2, partial(self._update, t, now, then))
             return
         held, keep = self.reset
 
@@ -277,8 +277,8 @@ class _Side:
                 h = compute.gru_step(self.cell, _vectors(units), at, keep[place], inner)
                 self._store(at_row, row, units, then, h)
 
-        self.products[0].emit(self.state, now, gates)
-        self.products[1].emit(held, T.int64(0), candidate)
+        self.products[0].emit(self.state, now, t % 2, gates)
+        self.products[1].emit(held, T.int64(0), t % 2, candidate)
 
     def _update(self, t: Expr, now: Expr, then: Expr, row: Expr, units: Units, u: Sums) -> None:
         """Emit the new state of a vector of units of a row."""

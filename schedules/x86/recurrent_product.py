@@ -17,8 +17,8 @@ from tvmstruct.schedules.compute.chain import GAP, RowNest, StagedProduct
 from tvmstruct.schedules.compute.dense import row_segments
 from tvmstruct.schedules.compute.recurrence import Layout, Units
 from tvmstruct.schedules.compute.row_steps import Scratch
-from tvmstruct.schedules.compute.team import barrier
-from tvmstruct.schedules.x86.attention_tile import ramp, scratch, spread
+from tvmstruct.schedules.compute.team import either_way, share
+from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch, spread
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.stages import Program
@@ -46,8 +46,8 @@ class Product(Protocol):
         """Take note of new units of the state that begins at ``start``."""
         ...
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
-        """Multiply rows of ``source`` from ``place`` on."""
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
+        """Multiply rows of ``source`` from ``place`` on; ``odd`` is 1 in every second step."""
         ...
 
 
@@ -79,13 +79,17 @@ class Shape:
         )  # fmt: skip
 
     @contextmanager
-    def turns(self, count: int) -> Iterator[Expr]:
-        """Loop over ``count`` turns: shared by the threads, which wait for each other after it."""
+    def turns(self, count: int, odd: Expr | None = None) -> Iterator[Expr]:
+        """Loop over ``count`` turns, backwards if ``odd`` is 1.
+
+        Threads share them, which wait for each other after it; each has the same in every step.
+        """
+        odd = i64(0) if odd is None else odd
         if self.workers == 1:
             with loops(count) as (turn,):
-                yield turn
+                yield either_way(turn, count, odd)
             return
-        with barrier(), T.parallel(T.int64(0), T.int64(count)) as turn:
+        with share(count, odd) as turn:
             yield turn
 
 
@@ -94,7 +98,8 @@ class BlockProduct:
     """Dense blocks, one for each group of units, packed by `pack_units`; one block is dense.
 
     A few vectors of units of a block meet tiles of rows, and the sums of all their gates stay in
-    registers until the units are updated.
+    registers until the units are updated. Every second step reads the weights from their end to
+    their beginning: what the step before read last is still in the nearest cache.
     """
 
     shape: Shape
@@ -112,24 +117,26 @@ class BlockProduct:
     def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
         """Keep nothing."""
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
         blocks, each = layout.blocks(WIDTH), layout.each
         like = sum(block[1:] == blocks[0][1:] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
-        with self.shape.turns(layout.groups * len(blocks)) as turn:
+        with self.shape.turns(layout.groups * len(blocks), odd) as turn:
             group, number = turn // len(blocks), turn % len(blocks)
             if like:
                 _, lanes, vectors = blocks[0]
                 with T.If(number < like), T.Then():
-                    block = _Block(group, number * (lanes * vectors), lanes, [lanes] * vectors)
+                    first, counts = number * (lanes * vectors), [lanes] * vectors
+                    block = _Block(group, first, lanes, counts, odd)
                     self._block(block, source, place, update)
             for last, (first, lanes, vectors) in enumerate(blocks[like:], like):
                 counts = [min(lanes, each - first - v * lanes) for v in range(vectors)]
                 with T.If(number == last), T.Then():
-                    self._block(_Block(group, i64(first), lanes, counts), source, place, update)
+                    block = _Block(group, i64(first), lanes, counts, odd)
+                    self._block(block, source, place, update)
 
     def _block(self, block: _Block, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Emit a block, tile after tile of rows."""
@@ -155,10 +162,15 @@ class BlockProduct:
         """Return the sums of a tile as ``[column][line]``; a column is a vector of a gate."""
         block, height = tile.block, tile.height
         layout, lanes, columns = self.shape.layout, block.lanes, self.gates * len(block.counts)
+        narrow = lanes
+        if narrow < self.shape.isa.lanes and columns * narrow % self.shape.isa.lanes == 0:
+            lanes = self.shape.isa.lanes  # whole vectors, each of several gates
+            columns = columns * narrow // lanes
         groups, each = layout.groups, layout.each
         start = block.group * (each * self.gates * layout.padded)
         start = start + block.first * (each * self.gates)
         nested = groups > 1 and each % groups == 0  # then inputs lie evenly
+        depth = (each // groups, groups) if nested else (each,)
 
         def index(p: Sequence[Expr]) -> tuple[Expr, Expr]:
             """Return which input it is, and where the unit that it is lies in the state."""
@@ -171,15 +183,27 @@ class BlockProduct:
             return p[0], unit % groups * layout.padded + unit // groups
 
         def step(p: Sequence[Expr], add: Callable[[int, int, Expr, Expr], None]) -> None:
-            number, at = index(p)
+            number, at = index([either_way(i, n, block.odd) for i, n in zip(p, depth, strict=True)])
             for column in range(columns):
                 right = self.w[ramp(start + number * (columns * lanes) + column * lanes, lanes)]
                 for line in range(height):
                     left = source[place + (row + line) * layout.size + at]
                     add(line, column, spread(left, lanes), right)
 
-        depth = (each // groups, groups) if nested else (each,)
-        return accumulate(self.shape.isa, lanes, (height, columns), depth, step)
+        sums = accumulate(self.shape.isa, lanes, (height, columns), depth, step)
+        return sums if lanes == narrow else _cut(sums, lanes, narrow)
+
+
+def _cut(sums: list[list[Expr]], lanes: int, narrow: int) -> list[list[Expr]]:
+    """Return ``[column][line]`` in vectors of ``narrow`` lanes from wider columns."""
+    found = []
+    for lines in sums:
+        held = registers(lanes, len(lines))
+        for buffer, value in zip(held, lines, strict=True):
+            T.buffer_store(buffer, value, [ramp(0, lanes)])
+        for first in range(0, lanes, narrow):
+            found.append([buffer[ramp(first, narrow)] for buffer in held])
+    return found
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,7 @@ class _Block:
     first: Expr
     lanes: int
     counts: list[int]
+    odd: Expr  # 1 to read its weights backwards, else 0
 
 
 @dataclass(frozen=True)
@@ -239,8 +264,9 @@ class StructuredProduct:
         with loops(self.sums.buffer.shape[0]) as (i,):
             T.buffer_store(self.sums.buffer, T.float32(0), [i])
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on."""
+        del odd  # the weights of a structured matrix fit in cache more often
         shape, layout = self.shape, self.shape.layout
         for start, product in self.products:
             rows = Scratch(source, layout.size, place + start * layout.size)
