@@ -31,11 +31,12 @@ from tvmstruct.schedules.compute.recurrence import (
     Vectors,
     hidden_parts,
 )
-from tvmstruct.schedules.compute.team import team
+from tvmstruct.schedules.compute.team import share, team
 from tvmstruct.schedules.registry import Kernel, make_kernel
 from tvmstruct.schedules.vector_math import replace_math
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch
 from tvmstruct.schedules.x86.chain import schedule_chain
+from tvmstruct.schedules.x86.intrinsics import fetch
 from tvmstruct.schedules.x86.packed_dense import SERIAL_MACS
 from tvmstruct.schedules.x86.recurrent_bytes import ByteProduct
 from tvmstruct.schedules.x86.recurrent_product import (
@@ -225,10 +226,35 @@ class _Side:
         with team() if kernel.workers > 1 else nullcontext():
             with loops(kernel.steps) as (t,), block("step", [(kernel.steps, t)]) as (step,):
                 self._touch()
+                if self._deals:
+                    with T.If(step > 0), T.Then():
+                        self._deal(step - 1, step % 2 * self.size)
                 self._step(step)
+            if self._deals:
+                with T.If(kernel.steps > 0), T.Then():
+                    self._deal(kernel.steps - 1, kernel.steps % 2 * self.size)
         for buffer, (_, result) in zip(held, self.states, strict=True):
             place = kernel.steps % 2 * self.size if buffer is self.state else T.int64(0)
             self._exchange(buffer, place, result, load=False)
+
+    @property
+    def _deals(self) -> bool:
+        """Whether the state, not the update of its units, is what y is written from.
+
+        Units of different groups are neighbours in y: threads would write to the same lines.
+        """
+        kernel = self.kernel
+        return kernel.workers > 1 and self.layout.groups > 1 and kernel.lengths is None
+
+    def _deal(self, t: Expr, place: Expr) -> None:
+        """Write the units after step ``t`` to y in their natural order."""
+        kernel, layout, batch = self.kernel, self.layout, self.kernel.r.batch
+        first = (kernel.steps - 1 - t if self.cell.reverse else t) * batch
+        turns = share(layout.each, i64(0), wait=False)
+        with turns as unit, loops(batch, layout.groups) as (row, group):
+            at = place + row * layout.size + group * layout.padded
+            column = self.number * kernel.r.h + unit * layout.groups + group
+            T.buffer_store(kernel.y, self.state[at + unit], [first + row, column])
 
     def _exchange(self, buffer, place, states, *, load: bool) -> None:
         """Copy the states of this side, clearing the padding."""
@@ -283,6 +309,7 @@ class _Side:
     def _update(self, t: Expr, now: Expr, then: Expr, row: Expr, units: Units, u: Sums) -> None:
         """Emit the new state of a vector of units of a row."""
         with self._active(t, row, units, now, then) as at_row:
+            self._fetch_next(at_row, units)
             at, cell, v = self._reads(at_row, row, units, now), self.cell, _vectors(units)
             if cell.kind == "lstm":
                 h, c = compute.lstm_step(cell, v, at, u)
@@ -353,10 +380,21 @@ class _Side:
             peephole=vector(self.holes),
         )
 
+    def _fetch_next(self, at_row: Expr, units: Units) -> None:
+        """Fetch what a vector of units reads in the next step: another thread may have written it.
+
+        The rows of a step are too short for the CPU to see a stream in them.
+        """
+        batch, rows = self.kernel.r.batch, self.z.shape[0]
+        row = T.max(i64(0), at_row - batch) if self.cell.reverse else T.min(rows - 1, at_row + batch)
+        for gate in range(self.cell.gates):
+            fetch(self.z[row, gate * self.kernel.r.h + units.column], near=True)
+
     def _store(self, at_row: Expr, row: Expr, units: Units, then: Expr, h: Expr) -> None:
         T.buffer_store(self.state, h, [self._place(row, units, then)])
         self.products[0].keep(row, units, then, h)
-        self._store_y(at_row, units, h)
+        if not self._deals:
+            self._store_y(at_row, units, h)
 
     def _store_y(self, at_row: Expr, units: Units, h: Expr) -> None:
         y, lanes = self.kernel.y, units.lanes
