@@ -44,6 +44,7 @@ def _fresh(graph: Graph, x: relax.Expr) -> bool:
 
 
 def _is_result(graph: Graph, call: relax.Call) -> bool:
-    """Return whether nothing inside the function reads the value of a call."""
-    read = {v for value in graph.bound.values() for v in operands(value)}
+    """Return whether nothing inside the function but a tuple of results reads a call's value."""
+    values = (v for v in graph.bound.values() if not isinstance(v, relax.Tuple))
+    read = {var for value in values for var in operands(value)}
     return not any(value.same_as(call) and var in read for var, value in graph.bound.items())
