@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -102,6 +102,7 @@ class BlockProduct:
     their beginning: what the step before read last is still in the nearest cache.
     """
 
+    joined: ClassVar[bool] = True  # whether a block may have vectors of two sizes
     shape: Shape
     gates: int
     w: tirx.Buffer
@@ -120,36 +121,56 @@ class BlockProduct:
     def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
-        blocks, each = layout.blocks(WIDTH), layout.each
-        like = sum(block[1:] == blocks[0][1:] for block in blocks)
+        blocks, each = layout.blocks(WIDTH, self.gates if self.joined else 0), layout.each
+        like = sum([part[1:] for part in block] == [blocks[0][0][1:]] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
         with self.shape.turns(layout.groups * len(blocks), odd) as turn:
             group, number = turn // len(blocks), turn % len(blocks)
             if like:
-                _, lanes, vectors = blocks[0]
+                _, lanes, vectors = blocks[0][0]
                 with T.If(number < like), T.Then():
-                    first, counts = number * (lanes * vectors), [lanes] * vectors
-                    block = _Block(group, first, lanes, counts, odd)
+                    parts = [_Part(0, lanes, [lanes] * vectors)]
+                    block = _Block(group, number * (lanes * vectors), parts, odd)
                     self._block(block, source, place, update)
-            for last, (first, lanes, vectors) in enumerate(blocks[like:], like):
-                counts = [min(lanes, each - first - v * lanes) for v in range(vectors)]
+            for last, block in enumerate(blocks[like:], like):
+                begin = block[0][0]
+                parts = [
+                    _Part(first - begin, lanes, _counts(each - first, lanes, vectors))
+                    for first, lanes, vectors in block
+                ]
                 with T.If(number == last), T.Then():
-                    block = _Block(group, i64(first), lanes, counts, odd)
+                    block = _Block(group, i64(begin), parts, odd)
                     self._block(block, source, place, update)
 
     def _block(self, block: _Block, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Emit a block, tile after tile of rows."""
-        vectors, lanes = len(block.counts), block.lanes
-        for top, height, tiles in self._tiles(self.gates * vectors):
+        size, lanes = self._row(block)
+        for top, height, tiles in self._tiles(size // lanes):
             with loops(tiles) as (tile,):
                 row = top + tile * height
                 sums = self._sums(Tile(block, height), source, place, row)
                 for line in range(height):
-                    for v, count in enumerate(block.counts):
-                        u = [sums[gate * vectors + v][line] for gate in range(self.gates)]
-                        first = block.first + v * lanes
-                        update(row + line, self.shape.units(block.group, first, lanes, count), u)
+                    for units, u in self._units(block, [column[line] for column in sums]):
+                        update(row + line, units, u)
+
+    def _units(self, block: _Block, sums: Sequence[Expr]) -> Iterator[tuple[Units, Sums]]:
+        """Yield the vectors of a block with the sums of their gates."""
+        at = 0
+        for part in block.parts:
+            vectors = len(part.counts)
+            for v, count in enumerate(part.counts):
+                first = block.first + part.start + v * part.lanes
+                units = self.shape.units(block.group, first, part.lanes, count)
+                yield units, [sums[at + gate * vectors + v] for gate in range(self.gates)]
+            at += self.gates * vectors
+
+    def _row(self, block: _Block) -> tuple[int, int]:
+        """Return how many weights of a block belong to an input, and the lanes to read them in."""
+        sizes = [self.gates * part.lanes * len(part.counts) for part in block.parts]
+        lanes = self.shape.isa.lanes
+        whole = all(size % lanes == 0 for size in sizes)  # then some vectors are of several gates
+        return sum(sizes), lanes if whole else block.lanes
 
     def _tiles(self, columns: int) -> list[tuple[int, int, int]]:
         """Cut the rows into (first row, height, tiles) whose sums fit in registers."""
@@ -161,11 +182,8 @@ class BlockProduct:
     def _sums(self, tile: Tile, source: tirx.Buffer, place: Expr, row: Expr) -> list[list[Expr]]:
         """Return the sums of a tile as ``[column][line]``; a column is a vector of a gate."""
         block, height = tile.block, tile.height
-        layout, lanes, columns = self.shape.layout, block.lanes, self.gates * len(block.counts)
-        narrow = lanes
-        if narrow < self.shape.isa.lanes and columns * narrow % self.shape.isa.lanes == 0:
-            lanes = self.shape.isa.lanes  # whole vectors, each of several gates
-            columns = columns * narrow // lanes
+        layout, (size, lanes) = self.shape.layout, self._row(block)
+        columns = size // lanes
         groups, each = layout.groups, layout.each
         start = block.group * (each * self.gates * layout.padded)
         start = start + block.first * (each * self.gates)
@@ -185,13 +203,22 @@ class BlockProduct:
         def step(p: Sequence[Expr], add: Callable[[int, int, Expr, Expr], None]) -> None:
             number, at = index([either_way(i, n, block.odd) for i, n in zip(p, depth, strict=True)])
             for column in range(columns):
-                right = self.w[ramp(start + number * (columns * lanes) + column * lanes, lanes)]
+                right = self.w[ramp(start + number * size + column * lanes, lanes)]
                 for line in range(height):
                     left = source[place + (row + line) * layout.size + at]
                     add(line, column, spread(left, lanes), right)
 
-        sums = accumulate(self.shape.isa, lanes, (height, columns), depth, step)
-        return sums if lanes == narrow else _cut(sums, lanes, narrow)
+        sums, found = accumulate(self.shape.isa, lanes, (height, columns), depth, step), []
+        for part in block.parts:
+            count = self.gates * part.lanes * len(part.counts) // lanes
+            found += sums[:count] if part.lanes == lanes else _cut(sums[:count], lanes, part.lanes)
+            sums = sums[count:]
+        return found
+
+
+def _counts(units: int, lanes: int, vectors: int) -> list[int]:
+    """Return how many of ``units`` each of the vectors has."""
+    return [min(lanes, units - v * lanes) for v in range(vectors)]
 
 
 def _cut(sums: list[list[Expr]], lanes: int, narrow: int) -> list[list[Expr]]:
@@ -207,14 +234,32 @@ def _cut(sums: list[list[Expr]], lanes: int, narrow: int) -> list[list[Expr]]:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Vectors alike from unit ``start`` of a block on, and how many units each has."""
+
+    start: int
+    lanes: int
+    counts: list[int]
+
+
+@dataclass(frozen=True)
 class _Block:
-    """Vectors of units of a group from unit ``first`` on, and how many units each has."""
+    """Vectors of units of a group from its unit ``first`` on."""
 
     group: Expr
     first: Expr
-    lanes: int
-    counts: list[int]
+    parts: list[_Part]
     odd: Expr  # 1 to read its weights backwards, else 0
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of its first vector."""
+        return self.parts[0].lanes
+
+    @property
+    def counts(self) -> list[int]:
+        """Units of the vectors like the first."""
+        return self.parts[0].counts
 
 
 @dataclass(frozen=True)
