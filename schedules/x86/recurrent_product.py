@@ -24,6 +24,7 @@ from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
+NEAR = 2 << 20  # bytes of weights of a thread, some of which stay in its second-level cache
 WIDTH = 2  # vectors of units whose gates are summed together
 
 Sums = Sequence[Expr]
@@ -116,7 +117,8 @@ class BlockProduct:
 
     A few vectors of units of a block meet tiles of rows, and the sums of all their gates stay in
     registers until the units are updated. Every second step reads the weights from their end to
-    their beginning: what the step before read last is still in the nearest cache.
+    their beginning: what the step before read last is still in the nearest cache. Weights that
+    come from further away are always read forwards, which memory is better at.
     """
 
     joined: ClassVar[bool] = True  # whether a block may have vectors of two sizes
@@ -142,6 +144,8 @@ class BlockProduct:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
         blocks, each = layout.blocks(self.width, self.gates if self.joined else 0), layout.each
+        if 4 * int(self.w.shape[0]) > NEAR * self.shape.workers:
+            odd = i64(0)
         like = sum([part[1:] for part in block] == [blocks[0][0][1:]] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
