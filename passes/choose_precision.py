@@ -14,7 +14,6 @@ import numpy as np
 from tvm import relax
 
 from tvmstruct import compat, ops
-from tvmstruct.errors import TargetError
 from tvmstruct.folding import fold
 from tvmstruct.layers import Form, HashTables, Layer, LayerTable, RecurrentCells, arguments
 from tvmstruct.recurrent import Cell
@@ -29,7 +28,6 @@ from tvmstruct.schedules.compute.low_precision import (
 )
 
 TABLES = {"bf16": "bf16", "bf16-weights": "bf16", "int8": "int8"}  # what tables are stored as
-INEXACT = "f32: the target cannot multiply bytes; ONNX Runtime rounds activations here"
 NOTES = {  # of the forms of `rounding`
     BYTES: "x and what is between products rounded to int8, a scale for each row, exact sums",
     HALVES: "x and what is between products rounded to bf16, f32 sums",
@@ -92,11 +90,7 @@ class ChoosePrecision:
         if not known or layer.precision != "f32":
             return layer
         form = self.forms[layer.key]
-        try:
-            form.reason = self.kernels.precision(DYNAMIC).note
-        except TargetError:
-            form.reason = INEXACT
-            return layer
+        form.reason = self.kernels.precision(DYNAMIC).note
         form.precision, form.bytes = DYNAMIC, self._bytes(layer.op, DYNAMIC)
         return replace(layer, precision=DYNAMIC)
 

@@ -220,17 +220,14 @@ def test_unbounded_states_stay_in_f32():
     assert "no known bound" in record.reason
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_projected_states_equal_pytorch():
     torch.manual_seed(3)
     lstm = torch.nn.LSTM(N_IN, H, proj_size=4)
-    (plain,) = directions(torch.nn.LSTM(N_IN, H), "lstm")
     state = {k: v.detach().numpy() for k, v in lstm.state_dict().items()}
-    layer = replace(
-        plain,
-        input=ops.Dense(state["weight_ih_l0"].T), hidden=ops.Dense(state["weight_hh_l0"].T),
-        bias=state["bias_ih_l0"], hidden_bias=state["bias_hh_l0"],
-        projection=ops.Dense(state["weight_hr_l0"].T),
-    )  # fmt: skip
+    into, hidden, out = (ops.Dense(state[f"weight_{k}_l0"].T) for k in ("ih", "hh", "hr"))
+    biases = (state[f"bias_{k}_l0"] for k in ("ih", "hh"))
+    layer = Recurrent(Cell("lstm"), into, hidden, *biases, projection=out)
     assert (layer.h, layer.n_out) == (H, 4)
     assert layer.params == sum(a.size for a in state.values())
     x, h, c = torch.randn(STEPS, BATCH, N_IN), torch.randn(1, BATCH, 4), torch.randn(1, BATCH, H)
@@ -278,9 +275,9 @@ def test_refusals():
             Cell("gru"), ops.Dense(np.zeros((3, 9))), ops.Dense(np.zeros((3, 9))),
             peepholes=np.zeros((3, 3)),
         )  # fmt: skip
-    gru = ops.Dense(np.zeros((3, 9)))
+    square = ops.Dense(np.zeros((3, 3)))
     with pytest.raises(ModelError, match="only an lstm has a projection"):
-        Recurrent(Cell("gru"), gru, gru, projection=ops.Dense(np.zeros((3, 3))))
+        Recurrent(Cell("rnn"), square, square, projection=square)
     with pytest.raises(ModelError, match="yields 2 features, the hidden matrix takes 3"):
         Recurrent(Cell("lstm"), dense, dense, projection=ops.Dense(np.zeros((3, 2))))
     with pytest.raises(ModelError, match="cannot be read"):

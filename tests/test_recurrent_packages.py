@@ -139,7 +139,7 @@ def decisions(count):
     return different, max(errors)
 
 
-@pytest.mark.isa("avx512vnni")
+@pytest.mark.isa("avx2")
 def test_quantised_splitter_decides_as_onnx_runtime():
     different, error = decisions(60)
     assert different == 0
@@ -147,7 +147,7 @@ def test_quantised_splitter_decides_as_onnx_runtime():
 
 
 @pytest.mark.slow
-@pytest.mark.isa("avx512vnni")
+@pytest.mark.isa("avx2")
 def test_quantised_splitter_decides_as_onnx_runtime_a_thousand_times():
     different, error = decisions(1000)
     assert different == 0

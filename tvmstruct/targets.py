@@ -71,13 +71,18 @@ INSTRUCTION_SETS = SAME_NAMES | KERNEL_NAMES.keys()
 
 @dataclass(frozen=True)
 class Isa:
-    """One row of the table that schedules read: float32 lanes, vector registers, fused multiply."""
+    """One row of the table that schedules read: float32 lanes, vector registers, fused multiply.
+
+    ``dots`` says whether one instruction multiplies and adds four bytes, which some CPUs of a row
+    have (VNNI).
+    """
 
     name: str
     lanes: int
     registers: int
     fma: bool
     needs: frozenset[str]
+    dots: bool = True
 
 
 ISAS = (  # best first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from tvm import tirx
 
@@ -31,7 +31,12 @@ from tvmstruct.schedules.x86.embedding_rows import embedding_rows
 from tvmstruct.schedules.x86.generic import schedule_generic
 from tvmstruct.schedules.x86.layer_norm import layer_norm
 from tvmstruct.schedules.x86.packed_dense import packed_dense, panel_width
-from tvmstruct.schedules.x86.precisions import Precision, precision, product_form
+from tvmstruct.schedules.x86.precisions import (
+    Precision,
+    multiplies_bytes,
+    precision,
+    product_form,
+)
 from tvmstruct.skipping import Skip
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
@@ -49,7 +54,8 @@ class X86Kernels:
         least_memory: bool = False,
         skip: Skip | None = None,
     ) -> None:
-        self.isa, self.threads, self.features = isa, threads, features
+        self.isa = replace(isa, dots=multiplies_bytes(isa, features))
+        self.threads, self.features = threads, features
         self.least_memory, self.skip = least_memory, skip
         self.lanes = isa.lanes
         self.panel_width = panel_width(isa)

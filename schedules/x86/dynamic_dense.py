@@ -17,7 +17,7 @@ from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.registry import Kernel
 from tvmstruct.schedules.x86.attention_tile import ramp
 from tvmstruct.schedules.x86.bf16_dense import padded_tail, row_stride, scratch
-from tvmstruct.schedules.x86.int8_dense import byte_dot
+from tvmstruct.schedules.x86.intrinsics import byte_dot
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.rounding import Extremes, Rounding, fence, sum_lanes
 from tvmstruct.schedules.x86.word_dense import VECTORS, Problem, Tile, word_dense
@@ -28,11 +28,12 @@ STEP = 16  # elements of x that are rounded together
 
 def dynamic_dense(isa: Isa, n: int, k: int, epilogue: Epilogue, rows: int) -> Kernel:
     """Return dense on words of four int8: x, words, sums, shift, scale, [bias], [residual], y."""
-    return word_dense("dynamic_dense", Problem.of(isa, n, k, epilogue, rows), _Dot)
+    name = "dynamic_dense" if isa.dots else "dynamic_dense_pairs"
+    return word_dense(name, Problem.of(isa, n, k, epilogue, rows), _Dot)
 
 
 class _Dot:
-    """Groups of four bytes by ``vpdpbusd``, of x rounded as a whole."""
+    """Groups of four bytes, of x rounded as a whole."""
 
     prepares, llvm = True, ""
 
@@ -115,7 +116,7 @@ class _Dot:
             return shift + zero * self.column_sums[ramp(base + v * lanes, lanes)]
 
         def dot(total, left, right):
-            return byte_dot(total, left, right, lanes)
+            return byte_dot(total, left, right, lanes, dots=self.problem.isa.dots)
 
         sums = accumulate(
             self.problem.isa, lanes, (height, VECTORS), self.words, step, start, dtype="int32",

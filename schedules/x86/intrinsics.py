@@ -99,9 +99,12 @@ def _tile_implementation(
     return prim_func(body)
 
 
-def fetch(element, level: int = 2) -> None:
-    """Emit a prefetch into a level of the cache; of an address that is not ours, a no-op."""
-    hints = (T.int32(value) for value in (0, 4 - level, 1))  # to read, how near, data
+def fetch(element, *, near: bool = False) -> None:
+    """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op.
+
+    A ``near`` one is into the first-level cache.
+    """
+    hints = (T.int32(value) for value in (0, 3 if near else 2, 1))  # to read, level, data
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *hints))
 
 
@@ -260,13 +263,38 @@ class _ByteProduct(_HalfProduct):
 _FORMS = {BYTES: _ByteProduct, HALVES: _HalfProduct}
 
 
-def byte_dot(total, left, right, lanes: int):
-    """Return ``total`` plus the products of words, by the instruction of up to 512 bits."""
+def byte_dot(total, left, right, lanes: int, *, dots: bool = True):
+    """Return ``total`` plus the products of words, by the instruction of 512 or of 256 bits.
+
+    Without ``dots`` pairs of bytes are widened to 16 bits first: exact on every CPU.
+    """
+    if not dots:
+        return _pair_dot(total, left, right, lanes)
     name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
     words = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (left, right))
     return T.call_llvm_pure_intrin(
         T.llvm_lookup_intrinsic_id(name), total, *words, dtype=f"int32x{lanes}"
     )
+
+
+PAIRS = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}
+
+
+def _pair_dot(total, left, right, lanes: int):
+    """Return ``total`` plus products of unsigned by signed bytes: those in even places, then odd.
+
+    ``pmaddubsw`` multiplies bytes, but its sums of two saturate.
+    """
+    mask = T.broadcast(T.int32(0x00FF00FF), lanes)
+    eight = T.broadcast(T.int16(8), 2 * lanes)
+    whole = T.reinterpret(f"int16x{2 * lanes}", right)
+    unsigned = left & mask, (left >> T.broadcast(T.int32(8), lanes)) & mask
+    signed = (whole << eight) >> eight, whole >> eight
+    number = T.llvm_lookup_intrinsic_id(f"llvm.x86.{PAIRS[lanes]}")
+    for a, b in zip(unsigned, signed, strict=True):
+        pairs = T.reinterpret(f"int16x{2 * lanes}", a)
+        total = total + T.call_llvm_pure_intrin(number, pairs, b, dtype=f"int32x{lanes}")
+    return total
 
 
 def _starts(tile: Tile) -> list[tuple]:

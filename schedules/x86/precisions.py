@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def precision(name: str, isa: Isa, features: frozenset[str]) -> Precision:
     if name == "int8":
         return _int8_precision(isa, features)
     if name == DYNAMIC:
-        _check_bytes(name, isa, features)
+        isa = replace(isa, dots=multiplies_bytes(isa, features))
         names = ("words", "sums", "shift", "scale")
         return Precision(name, isa, DYNAMIC_NOTE, names, dynamic_dense, _integers)
     if name == "bf16" and isa.name == "avx512":
@@ -88,20 +88,20 @@ def product_form(name: str, isa: Isa, features: frozenset[str]) -> str:
 
 def _int8_precision(isa: Isa, features: frozenset[str]) -> Precision:
     note = "rows of x rounded to int8, exact int32 sums"
-    _check_bytes("int8", isa, features)
+    if not multiplies_bytes(isa, features):
+        raise TargetError(
+            f'precision="int8" needs {" or ".join(VNNI.values())}, which this target does not '
+            'have; "bf16" works on every target'
+        )
     names = ("words", "start", "scale")
     if isa.name == "avx512" and AMX_INT8 <= features:
         return Precision("int8", isa, f"{note}, AMX", names, amx_int8_dense, _int8_tiles)
     return Precision("int8", isa, note, names, int8_dense, _int8)
 
 
-def _check_bytes(name: str, isa: Isa, features: frozenset[str]) -> None:
-    """Raise TargetError where the CPU cannot multiply bytes."""
-    if VNNI.get(isa.name) not in features:
-        raise TargetError(
-            f'precision="{name}" needs {" or ".join(VNNI.values())}, which this target does not '
-            'have; "bf16" works on every target'
-        )
+def multiplies_bytes(isa: Isa, features: frozenset[str]) -> bool:
+    """Return whether a CPU has an instruction for dot products of bytes."""
+    return VNNI.get(isa.name) in features
 
 
 def _integers(w: np.ndarray, width: int, scale: np.ndarray) -> Mapping[str, np.ndarray]:

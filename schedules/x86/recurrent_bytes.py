@@ -21,7 +21,7 @@ from tvmstruct.schedules.compute.low_precision import LARGEST, ROUNDER
 from tvmstruct.schedules.compute.recurrence import Units
 from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch, splat, spread
 from tvmstruct.schedules.x86.intrinsics import byte_dot
-from tvmstruct.schedules.x86.recurrent_product import BlockProduct, Step, Tile, Update
+from tvmstruct.schedules.x86.recurrent_product import ANY, BlockProduct, Step, Tile, Update
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.schedules.x86.rounding import Extremes, Rounding, fence, sum_lanes
 
@@ -32,9 +32,10 @@ BYTE_WIDTH = 1  # vectors of units: what rows read again and again stays in the 
 class ByteProduct(BlockProduct):
     """A dense hidden matrix packed by `pack_bytes`; the state is kept in bytes too."""
 
+    joined: ClassVar[bool] = False
+    width: ClassVar[int] = BYTE_WIDTH
     start: tirx.Buffer
     scale: tirx.Buffer
-    width: ClassVar[int] = BYTE_WIDTH
 
     def __post_init__(self) -> None:
         size = 2 * self.shape.batch * self.shape.layout.size
@@ -92,10 +93,11 @@ class RoundedProduct(BlockProduct):
     Runtime does it.
     """
 
+    joined: ClassVar[bool] = False
+    width: ClassVar[int] = BYTE_WIDTH
     sums: tirx.Buffer
     shift: tirx.Buffer
     scale: tirx.Buffer
-    width: ClassVar[int] = BYTE_WIDTH
 
     def __post_init__(self) -> None:
         batch = self.shape.batch
@@ -112,7 +114,9 @@ class RoundedProduct(BlockProduct):
         with loops(self.bytes.shape[0]) as (i,):
             T.buffer_store(self.bytes, T.uint8(0), [i])
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update, step: Step) -> None:
+    def emit(
+        self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update, step: Step = ANY
+    ) -> None:
         """Round the rows of ``source`` from ``place`` on, and multiply them."""
         batch = self.shape.batch
         self.rounding = Rounding.of(*self._extremes(source, place, step))
@@ -122,7 +126,7 @@ class RoundedProduct(BlockProduct):
             else:
                 with T.If(turn == 0), T.Then():
                     self._round(source, place, T.int64(0))
-        super().emit(source, place, update, step)
+        super().emit(source, place, odd, update, step)
 
     def _extremes(self, source: tirx.Buffer, place: Expr, step: Step) -> tuple[Expr, Expr]:
         """Return the range of the state; every thread of a team finds it for itself."""
@@ -214,7 +218,7 @@ def _byte_sums(
     return accumulate(
         shape.isa, lanes, (tile.height, columns), words, step,
         lambda line, column: start(line, _columns(product, tile, column)), dtype="int32",
-        dot=lambda total, left, right: byte_dot(total, left, right, lanes),
+        dot=lambda total, left, right: byte_dot(total, left, right, lanes, dots=shape.isa.dots),
     )  # fmt: skip
 
 

@@ -6,20 +6,45 @@ import re
 
 import numpy as np
 import pytest
+import tvm
 
+import tests.kernels as plain
+from tests import low_precision
 from tests.kernels import finish, random_picks
-from tests.low_precision import CHOSEN, ROWS, SHAPES, Case, build, choose, tuned
+from tests.low_precision import CHOSEN, ROWS, SHAPES, Case, choose, tuned
 from tests.schedules.test_bf16_dense import busiest_loop
-from tests.schedules.test_int8_dense import every_isa
-from tvmstruct.errors import TargetError
 from tvmstruct.schedules.compute.dense import Epilogue
 from tvmstruct.schedules.compute.low_precision import DYNAMIC, recover_integers
+from tvmstruct.schedules.registry import Kernel
+from tvmstruct.schedules.x86.precisions import Precision
+from tvmstruct.targets import ISAS
 from tvmstruct.testing import tolerance
+
+ISA = [  # with the instruction for dot products of bytes, and without
+    pytest.param("avx512", marks=pytest.mark.isa("avx512vnni")),
+    pytest.param("avx2", marks=pytest.mark.isa("avxvnni")),
+    pytest.param("avx512 pairs", marks=pytest.mark.isa("avx512")),
+    pytest.param("avx2 pairs", marks=pytest.mark.isa("avx2")),
+    pytest.param("sse pairs"),
+]
+every_isa = pytest.mark.parametrize("isa", ISA)
+
+
+def chosen(isa: str) -> Precision:
+    name, *pairs = isa.split()
+    return choose(DYNAMIC, name, set() if pairs else None)
+
+
+def build(kernels: list[Kernel], isa: str) -> tvm.runtime.Module:
+    name, *pairs = isa.split()
+    if not pairs:
+        return low_precision.build(kernels, name)
+    return plain.build(next(i for i in ISAS if i.name == name), {k.symbol: k.func for k in kernels})
 
 
 def case_of(isa, sizes, epilogue, rows, rng) -> Case:
     scale = rng.uniform(0.001, 0.02, sizes[0]).astype(np.float32)
-    case = Case(choose(DYNAMIC, isa), sizes, epilogue, rows, rng, scale)
+    case = Case(chosen(isa), sizes, epilogue, rows, rng, scale)
     case.scale = scale
     return case
 
@@ -54,7 +79,7 @@ def test_odd_sizes_are_exact(isa, rng):
 @pytest.mark.parametrize("rows", [0, 2, 300])
 def test_rows_are_symbolic(isa, rows, rng):
     case = case_of(isa, (70, 90), Epilogue(), max(rows, 2), rng)
-    case.kernel = choose(DYNAMIC, isa).kernel(70, 90, Epilogue(), 1000)  # several threads prepare
+    case.kernel = chosen(isa).kernel(70, 90, Epilogue(), 1000)  # several threads prepare
     case.x = case.x[:rows]
     check(isa, [case])
 
@@ -92,15 +117,9 @@ def test_integers_come_back_from_what_they_stand_for(rng):
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 def test_the_inner_loop_is_dot_products_on_whole_registers(isa):
-    kernel = choose(DYNAMIC, isa).kernel(128, 256, Epilogue(), 64)
+    kernel = chosen(isa).kernel(128, 256, Epilogue(), 64)
     loop = busiest_loop(build([kernel], isa).inspect_source("asm"), "vpdpbusd")
     loop = loop[: loop.index("\tj")]
     register, sums = ("zmm", 16) if isa == "avx512" else ("ymm", 8)
     assert len(re.findall(rf"vpdpbusd.*{register}", loop)) in (sums, 2 * sums)
     assert not re.findall(r"vpmov|\(%rsp\)|call", loop)
-
-
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse"])
-def test_a_target_without_the_instruction_is_refused(isa):
-    with pytest.raises(TargetError, match=r"needs avx512vnni or avxvnni"):
-        choose(DYNAMIC, isa, {"avx512bf16"})
