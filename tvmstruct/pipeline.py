@@ -44,6 +44,7 @@ from tvmstruct.passes.recognize_word2ket import RecognizeWord2Ket
 from tvmstruct.passes.recover_structure import RecoverStructure
 from tvmstruct.passes.simplify_layout import SimplifyLayout
 from tvmstruct.passes.split_feed_forward import SplitFeedForward
+from tvmstruct.passes.view_outputs import ViewOutputs
 from tvmstruct.planning import Plan
 from tvmstruct.records import fused_records, layer_records, refused_records, tuned_records
 from tvmstruct.report import LayerRecord
@@ -114,7 +115,7 @@ def lower(mod: tvm.IRModule, session: Session) -> Lowered:
         layers = session.offload.records(layers, refused)
     emit = EmitKernels(table, session.kernels, session.store, session.select)
     lift = LiftConstants(session.store)
-    for rule in (emit, lift):
+    for rule in (emit, ViewOutputs(), lift):
         mod = apply_rule(mod, rule, log)
     mod = with_parameters(mod, lift)
     mod = _legalize(mod, session)
