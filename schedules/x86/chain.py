@@ -26,6 +26,7 @@ from tvmstruct.targets import Isa
 LOW = 4  # rows of a tile at most, where threads would get unequal shares of taller ones
 WAYS = ("none", "rows", "stages")
 MOST_ROWS = 64  # of a block
+UNEVEN = 1.1  # times the least rows of the busiest thread, for larger blocks
 SHARED_MACS = 120 << 10  # below, a stage is done before a second thread has woken
 CACHED = 256 << 10  # bytes of weights that a second-level cache keeps beside the rows
 
@@ -89,7 +90,8 @@ class _Work:
         tall = pick("height", [h for h in heights if h <= max(1, rows)], self._tall(rows))
         mode = "rows" if self._shares(rows, tall) else together
         mode = WAYS[pick("threads", range(len(WAYS)), WAYS.index(mode))]
-        blocks = [tall << i for i in range(7) if tall << i <= min(rows, MOST_ROWS)]
+        sizes = sorted(tall * n << i for i in range(7) for n in (1, 3))
+        blocks = [size for size in sizes if size <= min(rows, MOST_ROWS)]
         block = pick("block", blocks, self._block(rows, blocks, mode))
         heights = tuple(h for h in heights if h <= tall)
         return RowNest(heights, block, mode, sums, self.threads, SHARED_MACS)
@@ -109,7 +111,18 @@ class _Work:
     def _block(self, rows: int, blocks: list[int], mode: str) -> int:
         """Return the rows of a block: more where the weights do not stay in cache."""
         share = rows // self.threads if mode == "rows" else rows
-        return max(b for b in blocks if b == blocks[0] or (b <= share and self._weights > CACHED))
+        fits = [b for b in blocks if b == blocks[0] or (b <= share and self._weights > CACHED)]
+        if mode != "rows":
+            return max(fits)
+
+        def busiest(b: int) -> int:
+            """Return the rows of the thread with most: blocks, and tiles of the rows after them."""
+            whole, rest = divmod(rows, b)
+            tiles = -(-rest // blocks[0])
+            return -(-whole // self.threads) * b + -(-tiles // self.threads) * blocks[0]
+
+        least = min(map(busiest, fits))
+        return max(b for b in fits if busiest(b) <= UNEVEN * least)
 
     @property
     def _weights(self) -> int:
