@@ -65,6 +65,13 @@ def erf(x: Value) -> Value:
     return steps.close(_odd_rational(steps, steps.bind(x), ERF_P, ERF_Q, ERF_END))
 
 
+def tanh_fraction(x: Value) -> tuple[Value, Value]:
+    """Return numerator and denominator of the hyperbolic tangent, each a tree with ``x`` in it."""
+    low, high = _const(-TANH_END, x), _const(TANH_END, x)
+    v = tirx.Min(high, tirx.Max(low, x))
+    return v * _polynomial(TANH_P, v * v), _polynomial(TANH_Q, v * v)
+
+
 def sigmoid(x: Value) -> Value:
     """Return ``1 / (1 + e**-x)``."""
     steps = Steps()

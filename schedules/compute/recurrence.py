@@ -16,9 +16,11 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.recurrent import Activation, Cell
 from tvmstruct.schedules.compute.low_precision import quantize
+from tvmstruct.schedules.vector_math import tanh_fraction
 
 Emit = Callable[[Expr], Expr]
 LEAST = 4  # lanes of a vector
+SUMS = 12  # vectors of sums of a block to which others may come: registers of AVX2, less operands
 OFFSET = 128  # makes bytes of the state unsigned
 
 
@@ -60,6 +62,9 @@ def hidden_parts(cell: Cell) -> tuple[tuple[int, int], ...]:
     return ((0, 2), (2, 1)) if cell.split_reset else ((0, cell.gates),)
 
 
+Block = tuple[tuple[int, int, int], ...]  # of vectors alike: first unit, lanes, how many
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the state lies: ``groups`` of ``each`` units, every group in whole vectors.
@@ -91,18 +96,28 @@ class Layout:
         """Length of a row of the state."""
         return self.groups * self.padded
 
-    def blocks(self, width: int) -> list[tuple[int, int, int]]:
-        """Cut a group into blocks of up to ``width`` equal vectors: (first unit, lanes, vectors).
+    def blocks(self, width: int, gates: int = 0) -> list[Block]:
+        """Cut a group into blocks of up to ``width`` equal vectors.
 
-        All blocks but the last few are alike.
+        All blocks but the last few are alike. With ``gates`` the narrow vectors at the end of a
+        group join the block before them, where those of all gates fill whole vectors.
         """
-        found: list[tuple[int, int, int]] = []
+        found: list[Block] = []
         for first, lanes in self.vectors:
-            if found and found[-1][1] == lanes and found[-1][2] < width:
-                found[-1] = (*found[-1][:2], found[-1][2] + 1)
+            before = found[-1][-1] if found else (0, 0, 0)
+            if before[1] == lanes and before[2] < width:
+                found[-1] = (*found[-1][:-1], (*before[:2], before[2] + 1))
+            elif gates and found and lanes < self.lanes and self._fill(found[-1], lanes, gates):
+                found[-1] = (*found[-1], (first, lanes, 1))
             else:
-                found.append((first, lanes, 1))
+                found.append(((first, lanes, 1),))
         return found
+
+    def _fill(self, block: Block, lanes: int, gates: int) -> bool:
+        """Return whether a block and a vector of ``lanes`` after it are sums of whole vectors."""
+        sizes = [*(size * count for _, size, count in block), lanes]
+        whole = all(gates * size % self.lanes == 0 for size in sizes)
+        return whole and gates * sum(sizes) <= SUMS * self.lanes
 
     def pad(self, array: np.ndarray) -> np.ndarray:
         """Return (..., groups * each), group after group, each group padded with zeros."""
@@ -111,17 +126,23 @@ class Layout:
         return np.ascontiguousarray(np.pad(apart, widths))
 
 
-def pack_units(w: np.ndarray, gates: int, layout: Layout, width: int) -> np.ndarray:
-    """Return w (groups, k, gates * each) as ``[group][block][k][gate][vector][lanes]``, flat."""
+def pack_units(
+    w: np.ndarray, gates: int, layout: Layout, width: int, *, joined: bool = True
+) -> np.ndarray:
+    """Return w (groups, k, gates * each) as ``[group][block][k][gate][vector][lanes]``, flat.
+
+    Where vectors of two sizes are ``joined`` in a block, those of one size come after the others.
+    """
     groups, k, _ = w.shape
     apart = w.reshape(groups, k, gates, layout.each)
     widths = [(0, 0)] * 3 + [(0, layout.padded - layout.each)]
     padded = np.pad(apart, widths)
-    blocks = (
-        padded[..., first : first + lanes * count].reshape(groups, -1)
-        for first, lanes, count in layout.blocks(width)
-    )
-    return np.concatenate(list(blocks), axis=1).reshape(-1)
+    found = []
+    for block in layout.blocks(width, gates if joined else 0):
+        parts = [padded[..., first : first + lanes * count] for first, lanes, count in block]
+        rows = [part.reshape(groups, k, -1) for part in parts]
+        found.append(np.concatenate(rows, axis=-1).reshape(groups, -1))
+    return np.concatenate(found, axis=1).reshape(-1)
 
 
 def pack_bytes(w: np.ndarray, gates: int, layout: Layout, width: int) -> dict[str, np.ndarray]:
@@ -135,7 +156,7 @@ def pack_bytes(w: np.ndarray, gates: int, layout: Layout, width: int) -> dict[st
     start = -OFFSET * q.sum(axis=0, dtype=np.int32)
     apart = {"start": start, "scale": scale.astype(np.float32)}
     padded = {k: layout.pad(v.reshape(gates, -1)).reshape(-1) for k, v in apart.items()}
-    return {"words": pack_units(words[None], gates, layout, width), **padded}
+    return {"words": pack_units(words[None], gates, layout, width, joined=False), **padded}
 
 
 @dataclass(frozen=True)
@@ -169,6 +190,20 @@ class Vectors:
         if clip is not None:
             x = self.keep(T.min(self.splat(clip), T.max(self.splat(-clip), x)))
         return self.keep(_ACTIVATIONS[activation.name](self, x, *activation.parameters))
+
+    def fraction(self, activation: Activation, x: Expr, clip: float | None) -> tuple[Expr, Expr]:
+        """Return numerator and denominator of a sigmoid or a tanh of ``x``, cut to the clip.
+
+        Products of activations then share a division; one that is cut at 1 may be over it by the
+        error of its fit, 5e-7.
+        """
+        if clip is not None:
+            x = T.min(self.splat(clip), T.max(self.splat(-clip), x))
+        x = self.keep(x)
+        if activation.name == "sigmoid":
+            return self.splat(1), self.keep(self.splat(1) + T.exp(self.splat(0) - x))
+        top, bottom = tanh_fraction(x)
+        return self.keep(top), self.keep(bottom)
 
     def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
         """Return a where the condition holds, else b."""
@@ -234,6 +269,14 @@ def lstm_step(cell: Cell, v: Vectors, at: Reads, u: Sequence[Expr]) -> tuple[Exp
             value = value + at.peephole(hole) * (c if state is None else state)
         return v.keep(value)
 
+    if not cell.coupled and [a.name for a in act] == ["sigmoid", "tanh", "tanh"]:
+        _, i = v.fraction(act[0], total(0, 0), cell.clip)
+        _, f = v.fraction(act[0], total(1, 1), cell.clip)
+        top, g = v.fraction(act[1], total(2), cell.clip)
+        new = v.keep(c / f + top / v.keep(i * g))
+        _, o = v.fraction(act[0], total(3, 2, new), cell.clip)
+        top, bottom = v.fraction(act[2], new, None)
+        return v.keep(top / v.keep(o * bottom)), new
     i = v.activate(act[0], total(0, 0), cell.clip)
     f = v.splat(1) - i if cell.coupled else v.activate(act[0], total(1, 1), cell.clip)
     g = v.activate(act[1], total(2), cell.clip)

@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
+
+from tvmstruct.schedules.builder import loops
 
 LOOKS = 2000  # tens of microseconds: who waits longer may be in the way of the others
 LINE = 16  # int64 in two cache lines, which prefetchers fetch together
@@ -107,3 +110,24 @@ def alone() -> Iterator[None]:
     with barrier(), T.parallel(T.int64(0), T.int64(2)) as turn:  # one turn would be no loop
         with T.If(turn == 0), T.Then():
             yield
+
+
+@contextmanager
+def share(count: int, odd: Expr, *, wait: bool = True) -> Iterator[Expr]:
+    """Loop over this member's share of ``count`` turns, the same in every loop; ``odd`` reverses.
+
+    Then wait for the others, unless told not to.
+    """
+    members = _team.get().members
+    with T.parallel(T.int64(0), members) as member:  # a turn for each
+        first = T.truncdiv(member * count, members)
+        last = T.truncdiv((member + 1) * count, members)
+        with loops(last - first) as (i,):
+            yield first + either_way(i, last - first, odd)
+    if wait:
+        _team.get().meet()
+
+
+def either_way(i: Expr, count: Expr | int, odd: Expr) -> Expr:
+    """Return ``i``, or ``count - 1 - i`` where ``odd`` is 1 and not 0."""
+    return odd * (count - 1) + i * (1 - 2 * odd)

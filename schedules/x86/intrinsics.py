@@ -96,9 +96,12 @@ def _tile_implementation(
     return prim_func(body)
 
 
-def fetch(element) -> None:
-    """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op."""
-    hints = (T.int32(value) for value in (0, 2, 1))  # to read, second level, data
+def fetch(element, *, near: bool = False) -> None:
+    """Emit a prefetch into the second-level cache; of an address that is not ours, a no-op.
+
+    A ``near`` one is into the first-level cache.
+    """
+    hints = (T.int32(value) for value in (0, 3 if near else 2, 1))  # to read, level, data
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *hints))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -26,6 +27,7 @@ from tvmstruct.schedules.x86.register_tile import accumulate
 class ByteProduct(BlockProduct):
     """A dense hidden matrix packed by `pack_bytes`; the state is kept in bytes too."""
 
+    joined: ClassVar[bool] = False
     start: tirx.Buffer
     scale: tirx.Buffer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -17,13 +17,14 @@ from tvmstruct.schedules.compute.chain import GAP, RowNest, StagedProduct
 from tvmstruct.schedules.compute.dense import row_segments
 from tvmstruct.schedules.compute.recurrence import Layout, Units
 from tvmstruct.schedules.compute.row_steps import Scratch
-from tvmstruct.schedules.compute.team import barrier
-from tvmstruct.schedules.x86.attention_tile import ramp, scratch, spread
+from tvmstruct.schedules.compute.team import either_way, share
+from tvmstruct.schedules.x86.attention_tile import ramp, registers, scratch, spread
 from tvmstruct.schedules.x86.packed_dense import HEIGHTS
 from tvmstruct.schedules.x86.register_tile import accumulate
 from tvmstruct.stages import Program
 from tvmstruct.targets import Isa
 
+NEAR = 2 << 20  # bytes of weights of a thread, some of which stay in its second-level cache
 WIDTH = 2  # vectors of units whose gates are summed together
 
 Sums = Sequence[Expr]
@@ -46,8 +47,8 @@ class Product(Protocol):
         """Take note of new units of the state that begins at ``start``."""
         ...
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
-        """Multiply rows of ``source`` from ``place`` on."""
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
+        """Multiply rows of ``source`` from ``place`` on; ``odd`` is 1 in every second step."""
         ...
 
 
@@ -79,13 +80,17 @@ class Shape:
         )  # fmt: skip
 
     @contextmanager
-    def turns(self, count: int) -> Iterator[Expr]:
-        """Loop over ``count`` turns: shared by the threads, which wait for each other after it."""
+    def turns(self, count: int, odd: Expr | None = None) -> Iterator[Expr]:
+        """Loop over ``count`` turns, backwards if ``odd`` is 1.
+
+        Threads share them, which wait for each other after it; each has the same in every step.
+        """
+        odd = i64(0) if odd is None else odd
         if self.workers == 1:
             with loops(count) as (turn,):
-                yield turn
+                yield either_way(turn, count, odd)
             return
-        with barrier(), T.parallel(T.int64(0), T.int64(count)) as turn:
+        with share(count, odd) as turn:
             yield turn
 
 
@@ -94,9 +99,12 @@ class BlockProduct:
     """Dense blocks, one for each group of units, packed by `pack_units`; one block is dense.
 
     A few vectors of units of a block meet tiles of rows, and the sums of all their gates stay in
-    registers until the units are updated.
+    registers until the units are updated. Every second step reads the weights from their end to
+    their beginning: what the step before read last is still in the nearest cache. Weights that
+    come from further away are always read forwards, which memory is better at.
     """
 
+    joined: ClassVar[bool] = True  # whether a block may have vectors of two sizes
     shape: Shape
     gates: int
     w: tirx.Buffer
@@ -112,37 +120,61 @@ class BlockProduct:
     def keep(self, row: Expr, units: Units, start: Expr, h: Expr) -> None:
         """Keep nothing."""
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on: groups, and in each its vectors."""
         layout = self.shape.layout
-        blocks, each = layout.blocks(WIDTH), layout.each
-        like = sum(block[1:] == blocks[0][1:] for block in blocks)
+        blocks, each = layout.blocks(WIDTH, self.gates if self.joined else 0), layout.each
+        if 4 * int(self.w.shape[0]) > NEAR * self.shape.workers:
+            odd = i64(0)
+        like = sum([part[1:] for part in block] == [blocks[0][0][1:]] for block in blocks)
         if each < layout.padded:  # the last vector is not whole
             like = min(like, len(blocks) - 1)
-        with self.shape.turns(layout.groups * len(blocks)) as turn:
+        with self.shape.turns(layout.groups * len(blocks), odd) as turn:
             group, number = turn // len(blocks), turn % len(blocks)
             if like:
-                _, lanes, vectors = blocks[0]
+                _, lanes, vectors = blocks[0][0]
                 with T.If(number < like), T.Then():
-                    block = _Block(group, number * (lanes * vectors), lanes, [lanes] * vectors)
+                    parts = [_Part(0, lanes, [lanes] * vectors)]
+                    block = _Block(group, number * (lanes * vectors), parts, odd)
                     self._block(block, source, place, update)
-            for last, (first, lanes, vectors) in enumerate(blocks[like:], like):
-                counts = [min(lanes, each - first - v * lanes) for v in range(vectors)]
+            for last, block in enumerate(blocks[like:], like):
+                begin = block[0][0]
+                parts = [
+                    _Part(first - begin, lanes, _counts(each - first, lanes, vectors))
+                    for first, lanes, vectors in block
+                ]
                 with T.If(number == last), T.Then():
-                    self._block(_Block(group, i64(first), lanes, counts), source, place, update)
+                    block = _Block(group, i64(begin), parts, odd)
+                    self._block(block, source, place, update)
 
     def _block(self, block: _Block, source: tirx.Buffer, place: Expr, update: Update) -> None:
         """Emit a block, tile after tile of rows."""
-        vectors, lanes = len(block.counts), block.lanes
-        for top, height, tiles in self._tiles(self.gates * vectors):
+        size, lanes = self._row(block)
+        for top, height, tiles in self._tiles(size // lanes):
             with loops(tiles) as (tile,):
                 row = top + tile * height
                 sums = self._sums(Tile(block, height), source, place, row)
                 for line in range(height):
-                    for v, count in enumerate(block.counts):
-                        u = [sums[gate * vectors + v][line] for gate in range(self.gates)]
-                        first = block.first + v * lanes
-                        update(row + line, self.shape.units(block.group, first, lanes, count), u)
+                    for units, u in self._units(block, [column[line] for column in sums]):
+                        update(row + line, units, u)
+
+    def _units(self, block: _Block, sums: Sequence[Expr]) -> Iterator[tuple[Units, Sums]]:
+        """Yield the vectors of a block with the sums of their gates."""
+        at = 0
+        for part in block.parts:
+            vectors = len(part.counts)
+            for v, count in enumerate(part.counts):
+                first = block.first + part.start + v * part.lanes
+                units = self.shape.units(block.group, first, part.lanes, count)
+                yield units, [sums[at + gate * vectors + v] for gate in range(self.gates)]
+            at += self.gates * vectors
+
+    def _row(self, block: _Block) -> tuple[int, int]:
+        """Return how many weights of a block belong to an input, and the lanes to read them in."""
+        sizes = [self.gates * part.lanes * len(part.counts) for part in block.parts]
+        lanes = self.shape.isa.lanes
+        whole = all(size % lanes == 0 for size in sizes)  # then some vectors are of several gates
+        return sum(sizes), lanes if whole else block.lanes
 
     def _tiles(self, columns: int) -> list[tuple[int, int, int]]:
         """Cut the rows into (first row, height, tiles) whose sums fit in registers."""
@@ -154,11 +186,13 @@ class BlockProduct:
     def _sums(self, tile: Tile, source: tirx.Buffer, place: Expr, row: Expr) -> list[list[Expr]]:
         """Return the sums of a tile as ``[column][line]``; a column is a vector of a gate."""
         block, height = tile.block, tile.height
-        layout, lanes, columns = self.shape.layout, block.lanes, self.gates * len(block.counts)
+        layout, (size, lanes) = self.shape.layout, self._row(block)
+        columns = size // lanes
         groups, each = layout.groups, layout.each
         start = block.group * (each * self.gates * layout.padded)
         start = start + block.first * (each * self.gates)
         nested = groups > 1 and each % groups == 0  # then inputs lie evenly
+        depth = (each // groups, groups) if nested else (each,)
 
         def index(p: Sequence[Expr]) -> tuple[Expr, Expr]:
             """Return which input it is, and where the unit that it is lies in the state."""
@@ -171,25 +205,65 @@ class BlockProduct:
             return p[0], unit % groups * layout.padded + unit // groups
 
         def step(p: Sequence[Expr], add: Callable[[int, int, Expr, Expr], None]) -> None:
-            number, at = index(p)
+            number, at = index([either_way(i, n, block.odd) for i, n in zip(p, depth, strict=True)])
             for column in range(columns):
-                right = self.w[ramp(start + number * (columns * lanes) + column * lanes, lanes)]
+                right = self.w[ramp(start + number * size + column * lanes, lanes)]
                 for line in range(height):
                     left = source[place + (row + line) * layout.size + at]
                     add(line, column, spread(left, lanes), right)
 
-        depth = (each // groups, groups) if nested else (each,)
-        return accumulate(self.shape.isa, lanes, (height, columns), depth, step)
+        sums, found = accumulate(self.shape.isa, lanes, (height, columns), depth, step), []
+        for part in block.parts:
+            count = self.gates * part.lanes * len(part.counts) // lanes
+            found += sums[:count] if part.lanes == lanes else _cut(sums[:count], lanes, part.lanes)
+            sums = sums[count:]
+        return found
+
+
+def _counts(units: int, lanes: int, vectors: int) -> list[int]:
+    """Return how many of ``units`` each of the vectors has."""
+    return [min(lanes, units - v * lanes) for v in range(vectors)]
+
+
+def _cut(sums: list[list[Expr]], lanes: int, narrow: int) -> list[list[Expr]]:
+    """Return ``[column][line]`` in vectors of ``narrow`` lanes from wider columns."""
+    found = []
+    for lines in sums:
+        held = registers(lanes, len(lines))
+        for buffer, value in zip(held, lines, strict=True):
+            T.buffer_store(buffer, value, [ramp(0, lanes)])
+        for first in range(0, lanes, narrow):
+            found.append([buffer[ramp(first, narrow)] for buffer in held])
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Vectors alike from unit ``start`` of a block on, and how many units each has."""
+
+    start: int
+    lanes: int
+    counts: list[int]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Vectors of units of a group from unit ``first`` on, and how many units each has."""
+    """Vectors of units of a group from its unit ``first`` on."""
 
     group: Expr
     first: Expr
-    lanes: int
-    counts: list[int]
+    parts: list[_Part]
+    odd: Expr  # 1 to read its weights backwards, else 0
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of its first vector."""
+        return self.parts[0].lanes
+
+    @property
+    def counts(self) -> list[int]:
+        """Units of the vectors like the first."""
+        return self.parts[0].counts
 
 
 @dataclass(frozen=True)
@@ -239,8 +313,9 @@ class StructuredProduct:
         with loops(self.sums.buffer.shape[0]) as (i,):
             T.buffer_store(self.sums.buffer, T.float32(0), [i])
 
-    def emit(self, source: tirx.Buffer, place: Expr, update: Update) -> None:
+    def emit(self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update) -> None:
         """Multiply rows of ``source`` from ``place`` on."""
+        del odd  # the weights of a structured matrix fit in cache more often
         shape, layout = self.shape, self.shape.layout
         for start, product in self.products:
             rows = Scratch(source, layout.size, place + start * layout.size)
