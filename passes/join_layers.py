@@ -31,7 +31,7 @@ class JoinLayers:
 
     def rewrite(self, graph: Graph, call: relax.Call) -> relax.Expr | None:
         """Return the sequence that ends with this call, or None where the layer stays alone."""
-        shape = compat.static_shape(call)
+        shape = compat.static_shape(call) if self.table.layer(call) is not None else None
         if shape is None or not self._joins(call, shape[0]):
             return None
         calls = self._members(graph, call, shape[0])

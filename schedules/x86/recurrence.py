@@ -17,6 +17,7 @@ from tvm.s_tir import Schedule
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules.builder import argument, i64, prim_func, symbol
+from tvmstruct.schedules.compute.low_precision import DYNAMIC
 from tvmstruct.schedules.compute.product_tile import Tile
 from tvmstruct.schedules.compute.recurrence import Layout, Recurrence, Side, hidden_parts
 from tvmstruct.schedules.registry import Kernel, make_kernel
@@ -53,7 +54,10 @@ def recurrence(
     rows = max(2, r.batch)  # one row waits for its weights as long as two take to multiply
     apart = len(r.sides) > 1 and threads > 1 and macs * rows * STEPS > SERIAL_MACS
     phases = 1 + sum(len(p.stages) for ps in programs for p in ps if p is not None)
-    workers = threads if not apart and macs * rows > 2 * PHASE_MACS * phases else 1
+    shares = not apart and macs * rows > 2 * PHASE_MACS * phases
+    if any(side.hidden == DYNAMIC for side in r.sides):
+        shares = False  # threads that share a step do not always agree on its scale: a race
+    workers = threads if shares else 1
 
     def build() -> tirx.PrimFunc:
         tiles: dict[Tile, int] = {}

@@ -113,6 +113,8 @@ class RoundedProduct(BlockProduct):
         """Clear what no step writes: weights of zero meet it."""
         with loops(self.bytes.shape[0]) as (i,):
             T.buffer_store(self.bytes, T.uint8(0), [i])
+        with loops(self.shifts.shape[0]) as (i,):  # else it would be memory of each thread
+            T.buffer_store(self.shifts, T.int32(0), [i])
 
     def emit(
         self, source: tirx.Buffer, place: Expr, odd: Expr, update: Update, step: Step = ANY

@@ -21,15 +21,14 @@ MACS = 1 << 21  # of a layer: with more, the cost of a kernel of its own no long
 OWN = 3  # rows of a thread: fewer multiply faster than a second-level cache yields weights
 WAKE_MACS = 120 << 10  # that one thread computes while a second one wakes
 PHASE_MACS = 8 << 10  # and while threads of a team wait for each other
-DENSE_MACS = 1 << 18  # its weights are packed once more, apart from those of other row counts
 
 
 def pays(isa: Isa, op: Op, precision: str, rows: int, threads: int) -> bool:
     """Return whether a layer is small enough for waking threads to matter, and can be joined."""
     if _block(rows, threads) > HEIGHTS[isa.name][0]:
         return False
-    if isinstance(op, Dense):
-        return precision == "f32" and rows == 1 and op.macs <= DENSE_MACS
+    if isinstance(op, Dense):  # its packed weights serve every number of rows, and stay one copy
+        return False
     return rows * op.macs <= MACS
 
 

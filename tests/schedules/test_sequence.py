@@ -9,6 +9,7 @@ import pytest
 
 from tests.catalogue import EVEN, RAGGED, normal
 from tests.kernels import build, call, every_isa, finish, gamma_and_beta
+from tvmstruct import families
 from tvmstruct.ops import Dense, Op
 from tvmstruct.parts import lower_parts
 from tvmstruct.schedules.compute.dense import ACTIVATIONS, Epilogue
@@ -130,9 +131,12 @@ def test_rows_that_fit_a_tile_are_joined(rows):
     assert kernels.joins(FAMILIES[0].member(), "f32", rows) == ROWS[rows]
 
 
-def test_of_dense_layers_only_small_ones_with_one_row():
-    kernels = X86Kernels(ISAS[0], threads=2)
-    assert kernels.joins(Dense(normal(256, 256)), "f32", 1)
-    assert not kernels.joins(Dense(normal(512, 513)), "f32", 1)
-    assert not kernels.joins(Dense(normal(256, 256)), "f32", 2)
-    assert not kernels.joins(Dense(normal(24, 24)), "int8", 1)
+def test_dense_layers_keep_one_packed_weight_and_large_ones_a_kernel_of_their_own():
+    kernels, structured = X86Kernels(ISAS[0], threads=2), families.low_rank(*_factors(2048, 512))
+    assert not kernels.joins(Dense(normal(24, 24)), "f32", 1)
+    assert kernels.joins(structured, "f32", 1)
+    assert not kernels.joins(structured, "f32", 2)
+
+
+def _factors(n: int, r: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((n, r)), np.zeros((r, n))
