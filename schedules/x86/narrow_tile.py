@@ -7,7 +7,7 @@ limits attention of few queries: with the queries on the vector axis most lanes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -35,6 +35,8 @@ from tvmstruct.schedules.x86.attention_tile import (
 from tvmstruct.schedules.x86.intrinsics import fetch
 from tvmstruct.schedules.x86.packed_dense import LINE
 from tvmstruct.schedules.x86.skipping import Keys, raise_best
+
+Sums = list[tuple[int, tirx.Buffer]]  # a column of the value, and the vector of sums from there
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,24 @@ class NarrowTile(Tile):
 
     def add_chunk(self, key: Expr, count: Expr) -> None:
         """Emit scores, softmax and weighted sum over ``count`` keys from ``key`` on."""
+        self._emit_all_scores(key, count)
         groups = (count + self.lanes - 1) // self.lanes
-        with T.serial(T.int64(0), count // self.lanes) as group:
-            self._emit_scores(key, group * self.lanes, None)
-        if self.problem.key_length % self.lanes:
-            with T.If(count % self.lanes > 0), T.Then():
-                self._emit_scores(key, count // self.lanes * self.lanes, count)
         for i in range(self.queries):
             self._emit_weights(i, groups)
         for i in range(self.queries):
             self._emit_weighted_sum(i, key, count)
+
+    def _emit_all_scores(self, key: Expr, count: Expr) -> None:
+        """Emit the scores of ``count`` keys, a vector of keys at a time."""
+        with T.serial(T.int64(0), count // self.lanes) as group:
+            self._between_scores(group, count // self.lanes)
+            self._emit_scores(key, group * self.lanes, None)
+        if self.problem.key_length % self.lanes:
+            with T.If(count % self.lanes > 0), T.Then():
+                self._emit_scores(key, count // self.lanes * self.lanes, count)
+
+    def _between_scores(self, group: Expr, groups: Expr) -> None:
+        """Emit what is to happen before vector ``group`` of ``groups`` of keys: nothing here."""
 
     def _emit_scores(self, key: Expr, local: Expr, count: Expr | None) -> None:
         """Emit the scores of a vector of keys; those from ``count`` on are none."""
@@ -184,54 +194,54 @@ class NarrowTile(Tile):
         T.buffer_store(self.total, rescaled, [query])
 
     def _emit_weighted_sum(self, query: int, key: Expr, count: Expr) -> None:
-        """Emit ``sum_key weight[key] * v[key]``, a few vectors of the value at a time."""
+        """Emit ``sum_key weight[key] * v[key]``."""
+        if self.problem.skip is not None:
+            self._list_keys(query, key, count)
+        for sums in self._sums(query):
+            self._for_keys(key, count, partial(self._add_key, query, key, sums))
+
+    def _sums(self, query: int) -> Iterator[Sums]:
+        """Yield a few vectors of the value at a time, scaled from what was, and store them."""
         p, lanes = self.problem, self.lanes
         columns, whole = list(range(0, p.value_dim, lanes)), [ramp(0, lanes)]
-        if p.skip is not None:
-            self._list_keys(query, key, count)
         for first in range(0, len(columns), WIDE):
             group = columns[first : first + WIDE]
-            sums = registers(lanes, len(group))
-            for column, total in zip(group, sums, strict=True):
+            sums = list(zip(group, registers(lanes, len(group)), strict=True))
+            for column, total in sums:
                 start = splat(0.0, lanes)
                 if not p.one_chunk:
-                    start = self.at.out.load(query, column, lanes) * spread(
-                        self.shrink[query], lanes
-                    )
+                    older = spread(self.shrink[query], lanes)
+                    start = self.at.out.load(query, column, lanes) * older
                 T.buffer_store(total, start, whole)
-            parts = list(zip(group, sums, strict=True))
-            self._for_keys(key, count, partial(self._add_row, query, key, parts))
-            for column, total in zip(group, sums, strict=True):
+            yield sums
+            for column, total in sums:
                 if p.one_chunk:
                     self.finish(query, column, total[whole[0]], lanes)
                 else:
                     self.at.out.store(total[whole[0]], query, column, lanes)
 
-    def _add_row(self, query: int, key: Expr, sums: list[tuple[int, tirx.Buffer]], j: Expr) -> None:
-        """Add some columns of value ``j`` of a chunk, as the query weighs it."""
+    def _add_key(self, query: int, key: Expr, sums: Sums, j: Expr) -> None:
+        self._add_row(sums, self.scores[query * self.problem.chunk + j], key + j)
+
+    def _add_row(self, sums: Sums, weight: Expr, row: Expr) -> None:
+        """Add some columns of a row of v times its weight."""
         whole = [ramp(0, self.lanes)]
-        weight = spread(self.scores[query * self.problem.chunk + j], self.lanes)
         for column, total in sums:
-            value = self.at.v.load(key + j, column, self.lanes)
-            T.buffer_store(total, vector_math.fma(weight, value, total[whole[0]]), whole)
+            value = self.at.v.load(row, column, self.lanes)
+            product = vector_math.fma(spread(weight, self.lanes), value, total[whole[0]])
+            T.buffer_store(total, product, whole)
 
     def _for_keys(self, key: Expr, count: Expr, add: Callable[[Expr], None]) -> None:
         """Emit ``add(j)`` for the keys of a chunk that are weighed."""
-        p = self.problem
-        if p.skip is not None:
-            last = self.chosen.count - 1
+        if self.problem.skip is not None:
             with T.serial(T.int64(0), self.chosen.count) as step:
-                if p.streamed:  # rows here and there: no stream to run ahead
-                    row = key + self.chosen.at(T.min(step + AHEAD, last))
-                    for column in range(0, p.value_dim, LINE):
-                        fetch(self.at.v.buffer[tuple(self.at.v.at(row, column))])
                 add(self.chosen.at(step))
             return
         done = T.int64(0)
-        if p.streamed:
+        if self.problem.streamed:
             done = count // self.lanes * self.lanes
             with T.serial(T.int64(0), count // self.lanes) as group:
-                self._fetch_page(self.at.v, key + group * self.lanes, p.value_dim)
+                self._fetch_page(self.at.v, key + group * self.lanes, self.problem.value_dim)
                 with T.serial(T.int64(0), T.int64(self.lanes)) as j:
                     add(group * self.lanes + j)
         with T.serial(done, count) as j:
@@ -246,7 +256,6 @@ class NarrowTile(Tile):
 
 
 PAGE = 1024  # floats
-AHEAD = 16  # chosen rows of v: as many lines as a core waits for at a time
 LINES = 4  # of a page that are fetched: by then the prefetchers know where it goes
 UNROLLED = 16  # vectors of a key at most
 WIDE = 8  # vectors of a value at a time: enough sums under way to hide the latency of an FMA
