@@ -90,14 +90,17 @@ def _build(h: Heads, rows: int, count: int, threads: int) -> tirx.PrimFunc:
 def _hand_out_shares(
     h: Heads, buffers: dict, shares: _Shares, pairs: int, count: int, threads: int
 ) -> None:
-    """Emit all pairs where each may skip more than others, and what all have found is known."""
+    """Emit all pairs where each may skip more than others, and what all have found is known.
+
+    The maximum of few keys is far under that of millions: by itself a range would skip less.
+    """
     queries = pairs // count * h.problem.tile
     best = _scratch(queries)
     with loops(queries) as (i,):
         T.buffer_store(best, T.float32(-inf), [i])
 
     def emit(pair: Expr) -> None:
-        seen = View(best, pair // count, stride=h.problem.tile)
+        seen = View(best, pair // count, stride=h.problem.tile) if h.problem.streamed else None
         _emit_share(h, buffers, shares, pair, count, seen)
 
     with T.attr(T.int64(0), "pragma_import_llvm", skipping.LLVM):

@@ -119,14 +119,15 @@ def cache_bytes(text: str) -> int:
 
 def parse(text: str) -> dict[str, int]:
     """Return the totals in callgrind's output file by event: Ir, Dr, D1mr, DLmr, Dw, ..."""
+    # Its "summary" also takes off what calls under way had counted before the counts went to zero.
     lines = dict(
-        line.split(":", 1) for line in text.splitlines() if line.startswith(("events:", "summary:"))
+        line.split(":", 1) for line in text.splitlines() if line.startswith(("events:", "totals:"))
     )
-    names, counts = lines.get("events", "").split(), lines.get("summary", "").split()
+    names, counts = lines.get("events", "").split(), lines.get("totals", "").split()
     if not names or len(names) != len(counts) or not {"Ir", "Dr", "DLmr", "DLmw"} <= set(names):
         raise ProfilingError(
-            f"callgrind's output has events {names} and summary {counts}; want one count for "
-            "each event, with those of the caches: is this valgrind older than 3.10?"
+            f"callgrind's output has events {names} and totals {counts}; want one count for "
+            "each event, with those of the caches"
         )
     return dict(zip(names, map(int, counts), strict=True))
 
