@@ -21,6 +21,9 @@ from tvmstruct.targets import Isa
 
 FEW_QUERIES = 4  # up to so many, keys fill the vectors instead
 CHUNK = 128  # keys per chunk: with a tile of 32 queries the scores fill half of a 32 KB cache
+STREAMED = 8192  # keys from which on few queries wait for memory
+STREAM = 4096  # keys per chunk then: prefetchers take a while to follow from k to v and back
+STREAM_CHUNKS = 128  # at least
 
 Index = Expr | int
 
@@ -94,7 +97,10 @@ class Problem:
     def chunk(self) -> int:
         """Keys in a chunk: whole register tiles and transposed blocks, or whole vectors."""
         step = self.isa.lanes if self.narrow else lcm(self.key_tile, self.lanes)
-        chunks = -(-self.key_length // max(self.most_keys, step))
+        most = self.most_keys
+        if self.streamed:  # threads of a large machine want their share of the chunks
+            most = max(most, min(STREAM // self.query_length, self.key_length // STREAM_CHUNKS))
+        chunks = -(-self.key_length // max(most, step))
         return -(-self.key_length // (chunks * step)) * step
 
     @property
@@ -113,13 +119,19 @@ class Problem:
         whole = not self.head_dim % self.isa.lanes and not self.value_dim % self.isa.lanes
         return self.query_length <= FEW_QUERIES and whole and not self.makes_values
 
+    @property
+    def streamed(self) -> bool:
+        """Whether keys and values come from memory, once, rather than from a cache."""
+        return self.narrow and self.key_length >= STREAMED
+
 
 @dataclass(frozen=True)
 class Operands:
     """Where a tile's operands lie, from its first query and the first key on.
 
     ``out`` (queries, value_dim) also holds the sums so far where there are several chunks. The
-    mask has one row for all queries, or one for each where the problem says ``by_query``.
+    mask has one row for all queries, or one for each where the problem says ``by_query``. ``best``
+    (1, queries) are the largest scores that any thread has found so far, to skip by.
     """
 
     q: View
@@ -127,6 +139,7 @@ class Operands:
     v: View
     out: View
     mask: View | None = None
+    best: View | None = None
 
 
 class Tile(ABC):

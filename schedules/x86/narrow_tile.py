@@ -7,7 +7,9 @@ limits attention of few queries: with the queries on the vector axis most lanes 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from tvm import tirx
@@ -22,6 +24,7 @@ from tvmstruct.schedules.x86.attention_tile import (
     Operands,
     Problem,
     Tile,
+    View,
     ramp,
     reduce_lanes,
     registers,
@@ -31,7 +34,9 @@ from tvmstruct.schedules.x86.attention_tile import (
 )
 from tvmstruct.schedules.x86.intrinsics import fetch
 from tvmstruct.schedules.x86.packed_dense import LINE
-from tvmstruct.schedules.x86.skipping import Keys
+from tvmstruct.schedules.x86.skipping import Keys, raise_best
+
+Sums = list[tuple[int, tirx.Buffer]]  # a column of the value, and the vector of sums from there
 
 
 @dataclass(frozen=True)
@@ -70,35 +75,35 @@ class NarrowTile(Tile):
 
     def add_chunk(self, key: Expr, count: Expr) -> None:
         """Emit scores, softmax and weighted sum over ``count`` keys from ``key`` on."""
+        self._emit_all_scores(key, count)
         groups = (count + self.lanes - 1) // self.lanes
-        with T.serial(T.int64(0), count // self.lanes) as group:
-            self._emit_scores(key, group * self.lanes, None)
-        if self.problem.key_length % self.lanes:
-            with T.If(count % self.lanes > 0), T.Then():
-                self._emit_scores(key, count // self.lanes * self.lanes, count)
         for i in range(self.queries):
             self._emit_weights(i, groups)
         for i in range(self.queries):
             self._emit_weighted_sum(i, key, count)
 
+    def _emit_all_scores(self, key: Expr, count: Expr) -> None:
+        """Emit the scores of ``count`` keys, a vector of keys at a time."""
+        with T.serial(T.int64(0), count // self.lanes) as group:
+            self._between_scores(group, count // self.lanes)
+            self._emit_scores(key, group * self.lanes, None)
+        if self.problem.key_length % self.lanes:
+            with T.If(count % self.lanes > 0), T.Then():
+                self._emit_scores(key, count // self.lanes * self.lanes, count)
+
+    def _between_scores(self, group: Expr, groups: Expr) -> None:
+        """Emit what is to happen before vector ``group`` of ``groups`` of keys: nothing here."""
+
     def _emit_scores(self, key: Expr, local: Expr, count: Expr | None) -> None:
         """Emit the scores of a vector of keys; those from ``count`` on are none."""
         p, lanes, whole = self.problem, self.lanes, [ramp(0, self.lanes)]
-        if p.key_length >= STREAMED and count is None:
-            self._fetch_ahead(key + local)
+        if p.streamed and count is None:
+            self._fetch_page(self.at.k, key + local, p.head_dim)
         for i in range(self.queries):
-            sums = registers(lanes, lanes)
-            for total in sums:
-                T.buffer_store(total, splat(0.0, lanes), whole)
-            with T.serial(T.int64(0), T.int64(p.head_dim // lanes)) as d:
-                query = self.at.q.load(i, d * lanes, lanes)
-                for j, total in enumerate(sums):
-                    row = key + local + j
-                    row = row if count is None else T.min(row, i64(p.key_length - 1))
-                    value = vector_math.fma(
-                        query, self.at.k.load(row, d * lanes, lanes), total[whole[0]]
-                    )
-                    T.buffer_store(total, value, whole)
+            rows = [key + local + j for j in range(lanes)]
+            if count is not None:
+                rows = [T.min(row, i64(p.key_length - 1)) for row in rows]
+            sums = self._emit_products(i, rows)
             score = _fold([total[whole[0]] for total in sums], lanes) * splat(p.scale, lanes)
             score = self._masked(score, i, key, local)
             if count is not None:
@@ -107,16 +112,35 @@ class NarrowTile(Tile):
                 score = T.Select(there, score, splat(-inf, lanes))
             T.buffer_store(self.scores, score, [ramp(i * p.chunk + local, lanes)])
 
-    def _fetch_ahead(self, key: Expr) -> None:
-        """Fetch the keys, and unless they may be skipped the values, of a later vector of keys."""
-        p = self.problem
-        streams = [(self.at.k, p.head_dim, AHEAD)]
-        if p.skip is None:  # of this chunk: they are wanted when its scores are done
-            streams.append((self.at.v, p.value_dim, 0))
-        for view, width, ahead in streams:
-            with T.serial(T.int64(0), T.int64(self.lanes)) as j:
-                for column in range(0, width, LINE):
-                    fetch(view.buffer[tuple(view.at(key + ahead + j, column))])
+    def _emit_products(self, query: int, rows: list[Expr]) -> list[tirx.Buffer]:
+        """Return for each key a vector of partial sums, one key after the other as they lie.
+
+        Feature by feature would need fewer loads of the query, but no prefetcher follows it.
+        """
+        p, lanes, whole = self.problem, self.lanes, [ramp(0, self.lanes)]
+        sums = registers(lanes, len(rows))
+
+        def add(row: Expr, total: tirx.Buffer, column: Index) -> None:
+            left = self.at.q.load(query, column, lanes)
+            right = self.at.k.load(row, column, lanes)
+            T.buffer_store(total, vector_math.fma(left, right, total[whole[0]]), whole)
+
+        for row, total in zip(rows, sums, strict=True):
+            T.buffer_store(total, splat(0.0, lanes), whole)
+            if p.head_dim <= UNROLLED * lanes:
+                for column in range(0, p.head_dim, lanes):
+                    add(row, total, column)
+            else:
+                with T.serial(T.int64(0), T.int64(p.head_dim // lanes)) as d:
+                    add(row, total, d * lanes)
+        return sums
+
+    def _fetch_page(self, view: View, key: Expr, width: int) -> None:
+        """Fetch where each page of a later vector of keys begins: prefetchers stop at its end."""
+        for element in range(0, self.lanes * width, PAGE):
+            for line in range(element, element + LINES * LINE, LINE):
+                row, column = divmod(line, width)
+                fetch(view.buffer[tuple(view.at(key + self.lanes + row, column))])
 
     def _masked(self, score: Expr, query: int, key: Expr, local: Expr) -> Expr:
         p, lanes, mask = self.problem, self.lanes, self.at.mask
@@ -146,6 +170,8 @@ class NarrowTile(Tile):
             T.buffer_store(best, larger, whole)
         old = self.top[query]
         T.buffer_store(top, T.max(reduce_lanes(best[whole[0]], lanes, T.max), old), [0])
+        if self.at.best is not None:
+            T.buffer_store(top, raise_best(self.at.best, query, top[0]), [0])
         # A row that is all -inf so far: -inf - 0 is -inf, where -inf - -inf were NaN.
         finite = T.Select(top[0] == T.float32(-inf), T.float32(0), top[0])
         T.buffer_store(self.shrink, vector_math.exp(old - finite), [query])
@@ -168,33 +194,58 @@ class NarrowTile(Tile):
         T.buffer_store(self.total, rescaled, [query])
 
     def _emit_weighted_sum(self, query: int, key: Expr, count: Expr) -> None:
-        """Emit ``sum_key weight[key] * v[key]``, a few vectors of the value at a time."""
+        """Emit ``sum_key weight[key] * v[key]``."""
+        if self.problem.skip is not None:
+            self._list_keys(query, key, count)
+        for sums in self._sums(query):
+            self._for_keys(key, count, partial(self._add_key, query, key, sums))
+
+    def _sums(self, query: int) -> Iterator[Sums]:
+        """Yield a few vectors of the value at a time, scaled from what was, and store them."""
         p, lanes = self.problem, self.lanes
         columns, whole = list(range(0, p.value_dim, lanes)), [ramp(0, lanes)]
-        if p.skip is not None:
-            self._list_keys(query, key, count)
-            count = self.chosen.count
         for first in range(0, len(columns), WIDE):
             group = columns[first : first + WIDE]
-            sums = registers(lanes, len(group))
-            for column, total in zip(group, sums, strict=True):
+            sums = list(zip(group, registers(lanes, len(group)), strict=True))
+            for column, total in sums:
                 start = splat(0.0, lanes)
                 if not p.one_chunk:
-                    start = self.at.out.load(query, column, lanes) * spread(
-                        self.shrink[query], lanes
-                    )
+                    older = spread(self.shrink[query], lanes)
+                    start = self.at.out.load(query, column, lanes) * older
                 T.buffer_store(total, start, whole)
-            with T.serial(T.int64(0), count) as step:
-                j = step if p.skip is None else self.chosen.at(step)
-                weight = spread(self.scores[query * p.chunk + j], lanes)
-                for column, total in zip(group, sums, strict=True):
-                    value = self.at.v.load(key + j, column, lanes)
-                    T.buffer_store(total, vector_math.fma(weight, value, total[whole[0]]), whole)
-            for column, total in zip(group, sums, strict=True):
+            yield sums
+            for column, total in sums:
                 if p.one_chunk:
                     self.finish(query, column, total[whole[0]], lanes)
                 else:
                     self.at.out.store(total[whole[0]], query, column, lanes)
+
+    def _add_key(self, query: int, key: Expr, sums: Sums, j: Expr) -> None:
+        self._add_row(sums, self.scores[query * self.problem.chunk + j], key + j)
+
+    def _add_row(self, sums: Sums, weight: Expr, row: Expr) -> None:
+        """Add some columns of a row of v times its weight."""
+        whole = [ramp(0, self.lanes)]
+        for column, total in sums:
+            value = self.at.v.load(row, column, self.lanes)
+            product = vector_math.fma(spread(weight, self.lanes), value, total[whole[0]])
+            T.buffer_store(total, product, whole)
+
+    def _for_keys(self, key: Expr, count: Expr, add: Callable[[Expr], None]) -> None:
+        """Emit ``add(j)`` for the keys of a chunk that are weighed."""
+        if self.problem.skip is not None:
+            with T.serial(T.int64(0), self.chosen.count) as step:
+                add(self.chosen.at(step))
+            return
+        done = T.int64(0)
+        if self.problem.streamed:
+            done = count // self.lanes * self.lanes
+            with T.serial(T.int64(0), count // self.lanes) as group:
+                self._fetch_page(self.at.v, key + group * self.lanes, self.problem.value_dim)
+                with T.serial(T.int64(0), T.int64(self.lanes)) as j:
+                    add(group * self.lanes + j)
+        with T.serial(done, count) as j:
+            add(j)
 
     def _list_keys(self, query: int, key: Expr, count: Expr) -> None:
         """List the keys that the query weighs."""
@@ -202,15 +253,11 @@ class NarrowTile(Tile):
         with T.serial(T.int64(0), count) as j:
             weight = self.scores[query * self.problem.chunk + j]
             self.chosen.add(j, T.Not(weight <= T.float32(0)))  # NaN is not left out
-        if self.problem.key_length >= STREAMED:  # rows here and there: no stream to run ahead
-            with T.serial(T.int64(0), self.chosen.count) as i:
-                for column in range(0, self.problem.value_dim, LINE):
-                    row = key + self.chosen.at(i)
-                    fetch(self.at.v.buffer[tuple(self.at.v.at(row, column))])
 
 
-STREAMED = 8192  # keys from which on k and v come from memory rather than from a cache
-AHEAD = 128  # keys: 32 KB of k with 64 features
+PAGE = 1024  # floats
+LINES = 4  # of a page that are fetched: by then the prefetchers know where it goes
+UNROLLED = 16  # vectors of a key at most
 WIDE = 8  # vectors of a value at a time: enough sums under way to hide the latency of an FMA
 
 

@@ -11,8 +11,17 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from tvmstruct.schedules import vector_math
-from tvmstruct.schedules.x86.attention_tile import Problem, reduce_lanes, splat
+from tvmstruct.schedules.x86.attention_tile import Index, Problem, View, reduce_lanes, splat
 
+RAISE = "tvmstruct_raise"
+LLVM = f"""
+declare float @llvm.maxnum.f32(float, float)
+define linkonce_odr float @{RAISE}(ptr %best, float %value) alwaysinline nounwind {{
+  %old = atomicrmw fmax ptr %best, float %value monotonic
+  %new = call float @llvm.maxnum.f32(float %old, float %value)
+  ret float %new
+}}
+"""
 ULPS = 2.0**-22  # how close to the maximum a score counts as one
 
 
@@ -51,6 +60,16 @@ def limit(problem: Problem, top: Expr, lanes: int) -> Expr:
     # Next to a maximum of -1e9, say, a threshold of 8 rounds away.
     size = T.max(T.max(top, splat(0.0, lanes) - top), splat(1.0, lanes))
     return T.min(bound, top - size * splat(ULPS, lanes))
+
+
+def raise_best(best: View, query: Index, top: Expr) -> Expr:
+    """Raise what all threads have found for a query to ``top``, and return the larger of both.
+
+    Needs `LLVM` around. How much is skipped depends on who is first; no weight over the threshold
+    of the true maximum is.
+    """
+    place = T.address_of(best.buffer[tuple(best.at(0, query))])
+    return T.call_extern("float32", RAISE, place, top)
 
 
 def weight(score: Expr, top: Expr, bound: Expr, lanes: int) -> Expr:

@@ -9,7 +9,7 @@ online softmax).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from tvm import tirx
@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from tvmstruct.schedules import vector_math
 from tvmstruct.schedules.builder import argument, i64, loops, prim_func
 from tvmstruct.schedules.registry import Kernel, make_kernel
+from tvmstruct.schedules.x86 import skipping
 from tvmstruct.schedules.x86.attention import Heads, emit_ragged
 from tvmstruct.schedules.x86.attention_tile import View, pieces, spread
 from tvmstruct.schedules.x86.attention_tile import scratch as _scratch
@@ -75,16 +76,35 @@ def _build(h: Heads, rows: int, count: int, threads: int) -> tirx.PrimFunc:
             _scratch(pairs * problem.tile),
             _scratch(pairs * problem.tile),
         )
-        emit = lambda pair: _emit_share(h, buffers, shares, pair, count)  # noqa: E731
         if h.skip is None:
             with loops(pairs, kind=T.parallel) as (pair,):
-                emit(pair)
+                _emit_share(h, buffers, shares, pair, count)
         else:
-            hand_out(i64(pairs), threads, emit)
+            _hand_out_shares(h, buffers, shares, pairs, count, threads)
         with loops(tasks) as (task,):
             _emit_merge(h, buffers, shares, task, count)
 
     return prim_func(body)
+
+
+def _hand_out_shares(
+    h: Heads, buffers: dict, shares: _Shares, pairs: int, count: int, threads: int
+) -> None:
+    """Emit all pairs where each may skip more than others, and what all have found is known.
+
+    The maximum of few keys is far under that of millions: by itself a range would skip less.
+    """
+    queries = pairs // count * h.problem.tile
+    best = _scratch(queries)
+    with loops(queries) as (i,):
+        T.buffer_store(best, T.float32(-inf), [i])
+
+    def emit(pair: Expr) -> None:
+        seen = View(best, pair // count, stride=h.problem.tile) if h.problem.streamed else None
+        _emit_share(h, buffers, shares, pair, count, seen)
+
+    with T.attr(T.int64(0), "pragma_import_llvm", skipping.LLVM):
+        hand_out(i64(pairs), threads, emit)
 
 
 def _place(h: Heads, task: Expr) -> tuple[Expr, Expr, Expr]:
@@ -93,13 +113,20 @@ def _place(h: Heads, task: Expr) -> tuple[Expr, Expr, Expr]:
     return task // (tiles * h.heads), task // tiles % h.heads, task % tiles
 
 
-def _emit_share(h: Heads, buffers: dict, shares: _Shares, pair: Expr, count: int) -> None:
+def _emit_share(
+    h: Heads,
+    buffers: dict,
+    shares: _Shares,
+    pair: Expr,
+    count: int,
+    best: View | None = None,
+) -> None:
     """Emit the attention of one tile of queries to one range of keys."""
     problem, task, part = h.problem, pair // count, pair % count
     batch, head, tile = _place(h, task)
     first, start = pair * problem.tile, tile * problem.tile
     out = View(shares.sums, first, stride=h.width)
-    operands = h.operands(buffers, batch, head, start, out)
+    operands = replace(h.operands(buffers, batch, head, start, out), best=best)
     chunks = problem.chunks
 
     def emit(queries: int) -> None:

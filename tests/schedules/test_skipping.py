@@ -39,6 +39,26 @@ def test_skips_what_lies_under_the_limit(isa, size, skip):
     np.testing.assert_allclose(got, as_rows(want), atol=2e-5)
 
 
+@every_isa
+def test_ranges_of_a_stream_skip_by_what_all_have_found(isa):
+    """One thread takes the ranges in order, as if they were one; two differ in what they skip."""
+    h = Heads(isa, 1, 16, 2, 8300, 0.3, (16, 0), (16, 0), (16, 0), skip=(2.5, False))
+    q, k, v = random_heads((1, 1, 2, 16), (1, 1, 8300, 16), (1, 1, 8300, 16))
+    library = build(isa, {f"on{n}": streamed_attention(h, 2, 3, n).func for n in (1, 2)})
+    arrays = [*map(as_rows, (q, k, v))]
+    want, _ = reference(q, k, v, 0.3, h.skip, h.problem.chunk)
+    apart = _merged(q, k, v, h.skip, h, 3)
+    assert abs(want - apart).max() > 1e-3
+    np.testing.assert_allclose(call(library["on1"], arrays, 2, 16), as_rows(want), atol=2e-5)
+    exact, _ = reference(q, k, v, 0.3, (50.0, False), h.problem.chunk)
+    got = call(library["on2"], arrays, 2, 16)
+    assert abs(got - as_rows(exact)).max() < 2 * abs(want - exact).max()
+    arrays[0][1, 3] = np.nan
+    got = call(library["on2"], arrays, 2, 16)
+    assert np.isnan(got[1]).all()
+    assert not np.isnan(got[0]).any()
+
+
 def _merged(q, k, v, skip, h, ranges):
     """Return what ranges of keys find, each with a maximum of its own."""
     chunks, chunk = h.problem.chunks, h.problem.chunk

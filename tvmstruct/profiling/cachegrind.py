@@ -1,8 +1,9 @@
-"""Cache misses without hardware counters: a saved model under valgrind's cachegrind.
+"""Cache misses without hardware counters: a saved model in the caches that cachegrind simulates.
 
 Valgrind knows no AVX-512, so the model is compiled for AVX2, and it runs threads one at a time,
-so for one thread. Python's own references are far more than the model's: two processes differ by
-a few calls, and their difference over these is one call with warm caches.
+so for one thread. Python's own start is far longer than a call of the model: callgrind, which has
+cachegrind's caches, can be told when to simulate, and does so for two calls, the first of which
+only warms the caches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from tvmstruct.profiling.prepare import Shapes, prepare
 TARGET = "llvm -mcpu=znver2 -num-cores=1"
 LINE, WAYS = 64, 16  # bytes of a cache line, lines of a set
 CACHE = "2MB"
-CALLS = 4  # that two processes differ by
+FIRST = (32 << 10, 8, LINE)  # of both first levels: bytes, lines of a set, bytes of a line
 UNITS = {"KB": 1 << 10, "MB": 1 << 20}
 ENVIRONMENT = {"TVM_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 TAIL = 400  # last characters of what a failed run wrote
@@ -75,7 +75,8 @@ def simulate(
 ) -> Simulation:
     """Return what one call of a source or a built-in configuration does to simulated caches.
 
-    ``cache`` is the size of the last level, such as "2MB". Takes minutes. Raises ProfilingError
+    ``cache`` is the size of the last level, such as "2MB". Takes minutes: a call runs some
+    hundred times slower. Raises ProfilingError
     where valgrind is missing or fails, InputError for a size that cannot be simulated.
     """
     size = cache_bytes(cache)
@@ -85,9 +86,7 @@ def simulate(
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.tvms"
         prepared.model.save(file)
-        with ThreadPoolExecutor(2) as pool:  # each waits for a process
-            few, many = pool.map(lambda calls: _run(file, calls, size), (1, 1 + CALLS))
-    events = {name: max(0, many[name] - few[name]) // CALLS for name in few}
+        events = _run(file, size)
     return Simulation(
         prepared.name,
         prepared.shapes,
@@ -119,25 +118,28 @@ def cache_bytes(text: str) -> int:
 
 
 def parse(text: str) -> dict[str, int]:
-    """Return the totals in cachegrind's output file by event: Ir, Dr, D1mr, DLmr, Dw, ..."""
+    """Return the totals in callgrind's output file by event: Ir, Dr, D1mr, DLmr, Dw, ..."""
+    # Its "summary" also takes off what calls under way had counted before the counts went to zero.
     lines = dict(
-        line.split(":", 1) for line in text.splitlines() if line.startswith(("events:", "summary:"))
+        line.split(":", 1) for line in text.splitlines() if line.startswith(("events:", "totals:"))
     )
-    names, counts = lines.get("events", "").split(), lines.get("summary", "").split()
+    names, counts = lines.get("events", "").split(), lines.get("totals", "").split()
     if not names or len(names) != len(counts) or not {"Ir", "Dr", "DLmr", "DLmw"} <= set(names):
         raise ProfilingError(
-            f"cachegrind's output has events {names} and summary {counts}; want one count for "
-            "each event, with those of the caches: is this valgrind older than 3.10?"
+            f"callgrind's output has events {names} and totals {counts}; want one count for "
+            "each event, with those of the caches"
         )
     return dict(zip(names, map(int, counts), strict=True))
 
 
-def _run(file: Path, calls: int, size: int) -> dict[str, int]:
-    out = file.with_name(f"cachegrind.{calls}")
+def _run(file: Path, size: int) -> dict[str, int]:
+    out = file.with_name("callgrind.out")
+    caches = {"I1": FIRST, "D1": FIRST, "LL": (size, WAYS, LINE)}
     command = [
-        *("valgrind", "--tool=cachegrind", "--cache-sim=yes", f"--LL={size},{WAYS},{LINE}"),
-        *(f"--cachegrind-out-file={out}", sys.executable),
-        *("-m", "tvmstruct.profiling.run_saved", str(file), str(calls)),
+        *("valgrind", "--tool=callgrind", "--instr-atstart=no", "--cache-sim=yes"),
+        *(f"--{level}={','.join(map(str, numbers))}" for level, numbers in caches.items()),
+        *(f"--callgrind-out-file={out}", sys.executable),
+        *("-m", "tvmstruct.profiling.run_saved", str(file)),
     ]
     environment = os.environ | ENVIRONMENT
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

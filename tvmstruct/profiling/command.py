@@ -66,7 +66,7 @@ class Command:
         self, shapes: Shapes | None, cache: str, options: Mapping[str, Any]
     ) -> cachegrind.Simulation:
         """Return what cachegrind counts."""
-        with working("compiling for AVX2, then twice under cachegrind: minutes"):
+        with working("compiling for AVX2, then two calls in simulated caches: minutes"):
             return cachegrind.simulate(self.model, shapes, cache=cache, **options)
 
 
