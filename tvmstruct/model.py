@@ -260,6 +260,7 @@ class CompiledModel:
 
     def _run_new(self, key: Key, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Serve a shape that is not compiled exactly: pad to a bucket, or compile."""
+        self._again = None  # it stands for the bucket used last
         sizes = self._sizes(dict(zip([s.name for s in self.inputs], key, strict=True)))
         bucket_sizes = self.padder.bucket(sizes, arrays)
         if bucket_sizes == sizes:
